@@ -1,0 +1,306 @@
+"""Run a graph on MLX: the table from primitive to `mx` operation, and an interpreter over it.
+
+This is the first of the tables that read a graph (the axes, the costs and the exporters are the
+others): a new primitive is one line in each. Shapes are taken from the graph, so an edited graph
+runs as it stands. Everything stays lazy and differentiable.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import mlx.core as mx
+
+from .errors import InputError
+from .graph import Graph, Node
+
+
+def run(
+    graph: Graph,
+    inputs: Sequence[mx.array],
+    parameters: Mapping[str, mx.array],
+    *,
+    taps: Iterable[int] = (),
+    replace: Mapping[int, Callable[[mx.array], mx.array]] | None = None,
+) -> tuple[list[mx.array], dict[int, mx.array]]:
+    """Run `graph`; returns its outputs and the values whose ids are in `taps`, all lazy.
+
+    `inputs` and `parameters` must have the shapes of the trace; a parameter of another dtype is
+    cast to the trace's. `replace` maps a value's id to a function applied to it before its readers
+    see it. Raises `InputError` naming every primitive that has no rule.
+    """
+    require_supported(graph)
+    known = bind(graph, inputs, parameters)
+    return execute(graph, graph.nodes, known, outputs=graph.outputs, taps=taps, replace=replace)
+
+
+def bind(graph: Graph, inputs, parameters) -> dict[int, mx.array]:
+    """Values that are known before the first node runs: constants, inputs, parameters."""
+    known = dict(graph.constants)
+    known.update(zip(graph.inputs, inputs, strict=True))
+    for path, number in graph.parameters.items():
+        value = graph.values[number]
+        array = parameters[path]
+        if array.shape != value.shape:
+            raise InputError(f"{path}: shape {array.shape}, but the graph expects {value.shape}.")
+        known[number] = array.astype(value.dtype)
+    return known
+
+
+def execute(graph, nodes, known, *, outputs, taps=(), replace=None):
+    """Run `nodes` from the values in `known`, forgetting each value after its last reader."""
+    replace = replace or {}
+    keep = set(outputs) | set(taps)
+    last = {i: k for k, node in enumerate(nodes) for i in node.inputs}
+    for number in set(replace) & set(known):
+        known[number] = replace[number](known[number])
+    for k, node in enumerate(nodes):
+        results = apply_node(graph, node, [known[i] for i in node.inputs])
+        for number, array in zip(node.outputs, results, strict=True):
+            known[number] = replace[number](array) if number in replace else array
+        for number in {*node.inputs, *node.outputs}:
+            if number not in keep and last.get(number, k) <= k:
+                known.pop(number, None)
+    return [known[i] for i in outputs], {i: known[i] for i in taps}
+
+
+def apply_node(graph: Graph, node: Node, arrays: Sequence[mx.array]) -> list[mx.array]:
+    """The outputs of one node."""
+    result = OPS[node.op](arrays, node.attributes, [graph.values[i] for i in node.outputs])
+    return result if isinstance(result, list) else [result]
+
+
+def require_supported(graph: Graph, table: Mapping[str, object] | None = None) -> None:
+    """Raise `InputError` naming all primitives of `graph` that `table` does not know, at once."""
+    missing = sorted({node.op for node in graph.nodes} - set(OPS if table is None else table))
+    if missing:
+        raise InputError(f"no rule for primitive {', '.join(missing)} of the traced graph.")
+
+
+# A rule takes x, the input arrays; a, the attributes; and out, the `Value`s of the outputs.
+
+
+def _elementwise(fn):
+    return lambda x, a, out: fn(*x)
+
+
+def _to_shape(x, a, out):
+    return mx.reshape(x[0], out[0].shape)
+
+
+def _reduce(x, a, out):
+    code, axes = a
+    return (mx.all, mx.any, mx.sum, mx.prod, mx.min, mx.max)[code](x[0], axes, keepdims=True)
+
+
+def _scan(x, a, out):
+    code, axis, reverse, inclusive = a
+    function = (mx.cummax, mx.cummin, mx.cumsum, mx.cumprod)[code]
+    return function(x[0], axis=axis, reverse=reverse, inclusive=inclusive)
+
+
+def _arg_reduce(x, a, out):
+    code, axis = a
+    return (mx.argmin, mx.argmax)[code](x[0], axis=axis, keepdims=True)
+
+
+def _bitwise(x, a, out):
+    functions = (mx.bitwise_and, mx.bitwise_or, mx.bitwise_xor, mx.left_shift, mx.right_shift)
+    return functions[a[0]](*x)
+
+
+def _slices(start, end, stride) -> tuple[slice, ...]:
+    """A negative end marks a reversed slice that runs through index 0."""
+    return tuple(
+        slice(b, e if e >= 0 else None, step) for b, e, step in zip(start, end, stride, strict=True)
+    )
+
+
+def _slice(x, a, out):
+    return x[0][_slices(*a)]
+
+
+UPDATES = ("maximum", "minimum", "add", "multiply")
+
+
+def _slice_update(x, a, out):
+    code, where = a[0], _slices(*a[1:])
+    if code < len(UPDATES):
+        return getattr(x[0].at[where], UPDATES[code])(x[1])
+    updated = mx.array(x[0])
+    updated[where] = x[1]
+    return updated
+
+
+def _gather(x, a, out):
+    axes, sizes = a
+    source, indices = x[0], x[1:]
+    if len(axes) == 1 and all(
+        size == (1 if k == axes[0] else n)
+        for k, (size, n) in enumerate(zip(sizes, source.shape, strict=True))
+    ):
+        taken = mx.take(source, indices[0], axis=axes[0])
+        lead = indices[0].ndim
+        order = [
+            *range(axes[0], axes[0] + lead),
+            *range(axes[0]),
+            *range(axes[0] + lead, taken.ndim),
+        ]
+        return mx.reshape(mx.transpose(taken, order), out[0].shape)
+    if any(sizes[k] != (1 if k in axes else source.shape[k]) for k in range(source.ndim)):
+        raise InputError(f"Gather of partial slices {sizes} of {source.shape} has no rule.")
+    rest = [k for k in range(source.ndim) if k not in axes]
+    moved = mx.transpose(source, [*axes, *rest])
+    return mx.reshape(moved[tuple(mx.broadcast_arrays(*indices))], out[0].shape)
+
+
+def _gather_axis(x, a, out):
+    return mx.take_along_axis(x[0], x[1], axis=a[0])
+
+
+def _scatter(x, a, out):
+    code, axes = a
+    source, indices, updates = x[0], mx.broadcast_arrays(*x[1:-1]), x[-1]
+    rest = [k for k in range(source.ndim) if k not in axes]
+    order = [*axes, *rest]
+    moved = mx.transpose(source, order)
+    updates = mx.reshape(updates, (*indices[0].shape, *(source.shape[k] for k in rest)))
+    if code < len(UPDATES):
+        moved = getattr(moved.at[tuple(indices)], UPDATES[code])(updates)
+    else:
+        moved = mx.array(moved)
+        moved[tuple(indices)] = updates
+    return mx.transpose(moved, [order.index(k) for k in range(source.ndim)])
+
+
+def _scatter_axis(x, a, out):
+    code, axis = a
+    if code == 0:
+        raise InputError("ScatterAxis that adds has no rule.")
+    return mx.put_along_axis(x[0], x[1], x[2], axis=axis)
+
+
+def _pad(x, a, out):
+    axes, low, high = a
+    widths = [(0, 0)] * x[0].ndim
+    for axis, *width in zip(axes, low, high, strict=True):
+        widths[axis] = tuple(width)
+    return mx.pad(x[0], widths, constant_values=x[1])
+
+
+def _convolution(x, a, out):
+    stride, low, high, kernel_dilation, input_dilation, groups, flip = a
+    return mx.conv_general(
+        x[0],
+        x[1],
+        stride=stride,
+        padding=(low, high),
+        kernel_dilation=kernel_dilation,
+        input_dilation=input_dilation,
+        groups=groups,
+        flip=flip,
+    )
+
+
+def _gather_mm(x, a, out):
+    return mx.gather_mm(*x[:2], lhs_indices=x[2], rhs_indices=x[3], sorted_indices=a[1])
+
+
+QUANTISATION_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+
+
+def _quantized_matmul(x, a, out):
+    group_size, bits, mode, transposed = a
+    return mx.quantized_matmul(
+        x[0],
+        x[1],
+        scales=x[2],
+        biases=x[3] if len(x) > 3 else None,
+        transpose=transposed,
+        group_size=group_size,
+        bits=bits,
+        mode=QUANTISATION_MODES[mode],
+    )
+
+
+def _gather_qmm(x, a, out):
+    group_size, bits, mode, transposed, _, is_sorted = a
+    biases = x[3] if len(x) > 5 else None
+    return mx.gather_qmm(
+        *x[:3],
+        biases,
+        lhs_indices=x[-2],
+        rhs_indices=x[-1],
+        transpose=transposed,
+        group_size=group_size,
+        bits=bits,
+        mode=QUANTISATION_MODES[mode],
+        sorted_indices=is_sorted,
+    )
+
+
+def _equal(x, a, out):
+    equal = mx.equal(*x)
+    return equal | ((x[0] != x[0]) & (x[1] != x[1])) if a[0] else equal
+
+
+def _arange(x, a, out):
+    start, stop, step = a
+    return mx.arange(start, stop, step, dtype=out[0].dtype)
+
+
+ELEMENTWISE = {
+    "Abs": mx.abs, "Add": mx.add, "ArcCos": mx.arccos, "ArcCosh": mx.arccosh,
+    "ArcSin": mx.arcsin, "ArcSinh": mx.arcsinh, "ArcTan": mx.arctan, "ArcTan2": mx.arctan2,
+    "ArcTanh": mx.arctanh, "Ceil": mx.ceil, "Cos": mx.cos, "Cosh": mx.cosh,
+    "Copy": mx.array, "Contiguous": mx.array, "Divide": mx.divide,
+    "Erf": mx.erf, "ErfInv": mx.erfinv, "Exp": mx.exp, "Expm1": mx.expm1, "Floor": mx.floor,
+    "FloorDivide": mx.floor_divide, "Greater": mx.greater, "GreaterEqual": mx.greater_equal,
+    "Less": mx.less, "LessEqual": mx.less_equal, "Log1p": mx.log1p, "LogAddExp": mx.logaddexp,
+    "LogicalAnd": mx.logical_and, "LogicalNot": mx.logical_not, "LogicalOr": mx.logical_or,
+    "Maximum": mx.maximum, "Minimum": mx.minimum, "Multiply": mx.multiply,
+    "Negative": mx.negative, "NotEqual": mx.not_equal, "Power": mx.power,
+    "Remainder": mx.remainder, "Select": mx.where, "Sigmoid": mx.sigmoid, "Sign": mx.sign,
+    "Sin": mx.sin, "Sinh": mx.sinh, "Square": mx.square, "StopGradient": mx.stop_gradient,
+    "Subtract": mx.subtract, "Tan": mx.tan, "Tanh": mx.tanh, "Round": mx.round,
+}  # fmt: skip
+
+OPS = {
+    **{name: _elementwise(function) for name, function in ELEMENTWISE.items()},
+    **dict.fromkeys(("Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze"), _to_shape),
+    "AddMM": lambda x, a, out: mx.addmm(x[2], x[0], x[1], alpha=a[0], beta=a[1]),
+    "Arange": _arange,
+    "ArgPartition": lambda x, a, out: mx.argpartition(x[0], kth=a[0], axis=a[1]),
+    "ArgReduce": _arg_reduce,
+    "ArgSort": lambda x, a, out: mx.argsort(x[0], axis=a[0]),
+    "AsStrided": lambda x, a, out: mx.as_strided(x[0], *a),
+    "AsType": lambda x, a, out: x[0].astype(a[0]),
+    "BitwiseBinary": _bitwise,
+    "Broadcast": lambda x, a, out: mx.broadcast_to(x[0], out[0].shape),
+    "Concatenate": lambda x, a, out: mx.concatenate(x, axis=a[0]),
+    "Convolution": _convolution,
+    "Depends": lambda x, a, out: list(x[: len(out)]),
+    "DivMod": lambda x, a, out: list(mx.divmod(*x)),
+    "Equal": _equal,
+    "Full": lambda x, a, out: mx.broadcast_to(x[0], out[0].shape),
+    "Gather": _gather,
+    "GatherAxis": _gather_axis,
+    "GatherMM": _gather_mm,
+    "GatherQMM": _gather_qmm,
+    "Log": lambda x, a, out: (mx.log2, mx.log10, mx.log)[a[0]](x[0]),
+    "LogSumExp": lambda x, a, out: mx.logsumexp(x[0], axis=-1, keepdims=True),
+    "Matmul": lambda x, a, out: mx.matmul(*x),
+    "Pad": _pad,
+    "Partition": lambda x, a, out: mx.partition(x[0], kth=a[0], axis=a[1]),
+    "QuantizedMatmul": _quantized_matmul,
+    "Reduce": _reduce,
+    "Scan": _scan,
+    "Scatter": _scatter,
+    "ScatterAxis": _scatter_axis,
+    "Slice": _slice,
+    "SliceUpdate": _slice_update,
+    "Softmax": lambda x, a, out: mx.softmax(x[0], axis=-1, precise=a[0]),
+    "Sort": lambda x, a, out: mx.sort(x[0], axis=a[0]),
+    "Split": lambda x, a, out: mx.split(x[0], list(a[0]), axis=a[1]),
+    "Sqrt": lambda x, a, out: mx.rsqrt(x[0]) if a[0] else mx.sqrt(x[0]),
+    "Transpose": lambda x, a, out: mx.transpose(x[0], a[0]),
+    "View": lambda x, a, out: x[0].view(a[0]),
+}
