@@ -21,7 +21,7 @@ from .dims import (
     sum_axis,
     unify,
 )
-from .execute import ELEMENTWISE
+from .execute import ELEMENTWISE, window
 from .graph import Graph, Node
 
 Axes = list[Axis]
@@ -126,7 +126,7 @@ def regroup(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
     rest = factors([dim for axis in x[0] for dim in axis])
     out: Axes = []
     for size in shape:
-        axis: Axis = []
+        axis: Axis = [] if size else new_axis(0, wild=True)
         while size_of(axis) < size:
             rest = factors(rest)
             wanted, dim = size // size_of(axis), rest[0]
@@ -250,19 +250,21 @@ def slices(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
 
 
 def _slice_axis(axis: Axis, n: int, start: int, end: int, stride: int) -> Axis:
-    if stride == 1:
-        end = min(end, n)
-        sizes = [size for size in (start, end - start, n - end) if size]
-        return axis if len(sizes) == 1 else cut_axis(axis, sizes)[1 if start else 0]
-    count = len(range(n)[start : end if end >= 0 else None : stride])
+    cut = window(n, start, end, stride)
+    kept = range(n)[cut]
+    if len(kept) == n and stride == 1:
+        return axis
     if is_wild(axis):
-        return new_axis(count, wild=True)
-    if 0 <= start < stride and n % stride == 0 and count == n // stride:
+        return new_axis(len(kept), wild=True)
+    if stride == 1 and len(kept):
+        sizes = [size for size in (kept.start, len(kept), n - kept.stop) if size]
+        return cut_axis(axis, sizes)[1 if kept.start else 0]
+    if 0 <= cut.start < stride and n % stride == 0 and len(kept) == n // stride:
         lead, step = new_axis(n // stride), new_axis(stride, frozen="strided slice")
         unify(axis, [*lead, *step])
         return lead
     freeze(axis, "strided slice")
-    return new_axis(count, frozen="strided slice")
+    return new_axis(len(kept), frozen="strided slice")
 
 
 def slice_update(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
@@ -323,7 +325,8 @@ def mix_last(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
 
 def ordered(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
     """Sort, Partition, Scan: the order along the axis has a meaning."""
-    axis = node.attributes[0] if node.op == "Sort" else node.attributes[1]
+    axis = {"Sort": node.attributes[0], "Hadamard": -1}.get(node.op, node.attributes[-1])
+    axis = node.attributes[1] if node.op == "Scan" else axis
     freeze(x[0][axis], f"{node.op} runs along it")
     return [list(x[0])]
 
@@ -397,7 +400,7 @@ RULES = {
     **dict.fromkeys(("Broadcast", "Full"), broadcast),
     **dict.fromkeys(("Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze"), regroup),
     **dict.fromkeys(("Matmul", "AddMM"), matmul),
-    **dict.fromkeys(("Sort", "Partition", "Scan"), ordered),
+    **dict.fromkeys(("Hadamard", "Partition", "Scan", "Sort"), ordered),
     **dict.fromkeys(("ArgSort", "ArgPartition", "ArgReduce"), rank_axis),
     **dict.fromkeys(("Softmax", "LogSumExp"), mix_last),
     "Arange": positions,

@@ -107,22 +107,25 @@ def _bitwise(x, a, out):
     return functions[a[0]](*x)
 
 
-def _slices(start, end, stride) -> tuple[slice, ...]:
-    """A negative end marks a reversed slice that runs through index 0."""
-    return tuple(
-        slice(b, e if e >= 0 else None, step) for b, e, step in zip(start, end, stride, strict=True)
-    )
+def window(size: int, start: int, end: int, stride: int) -> slice:
+    """MLX's slice of an axis as Python's: negative bounds count from the end, as in NumPy."""
+    start, end = (bound + size if bound < 0 else bound for bound in (start, end))
+    return slice(max(start, 0), end if end >= 0 else None, stride)
+
+
+def _windows(array, start, end, stride) -> tuple[slice, ...]:
+    return tuple(map(window, array.shape, start, end, stride))
 
 
 def _slice(x, a, out):
-    return x[0][_slices(*a)]
+    return x[0][_windows(x[0], *a)]
 
 
 UPDATES = ("maximum", "minimum", "add", "multiply")
 
 
 def _slice_update(x, a, out):
-    code, where = a[0], _slices(*a[1:])
+    code, where = a[0], _windows(x[0], *a[1:])
     if code < len(UPDATES):
         return getattr(x[0].at[where], UPDATES[code])(x[1])
     updated = mx.array(x[0])
@@ -285,6 +288,7 @@ OPS = {
     "GatherAxis": _gather_axis,
     "GatherMM": _gather_mm,
     "GatherQMM": _gather_qmm,
+    "Hadamard": lambda x, a, out: mx.hadamard_transform(x[0], scale=a[0]),
     "Log": lambda x, a, out: (mx.log2, mx.log10, mx.log)[a[0]](x[0]),
     "LogSumExp": lambda x, a, out: mx.logsumexp(x[0], axis=-1, keepdims=True),
     "Matmul": lambda x, a, out: mx.matmul(*x),

@@ -144,15 +144,17 @@ def _stand_in(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
 
 @contextlib.contextmanager
 def _restored(fn):
-    """Put a module's own parameters back: tracing leaves its stand-ins in their places."""
-    if not isinstance(fn, nn.Module):
-        yield
-        return
-    parameters = fn.parameters()
+    """Put a module back as it was: tracing leaves stand-ins in its parameters and its caches."""
+    modules = fn.modules() if isinstance(fn, nn.Module) else []
+    held = [(module, dict(module), dict(vars(module))) for module in modules]
     try:
         yield
     finally:
-        fn.update(parameters)
+        for module, entries, attributes in held:
+            module.clear()
+            dict.update(module, entries)
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 @contextlib.contextmanager

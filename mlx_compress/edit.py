@@ -1,0 +1,298 @@
+"""Rewrite a graph for a prune plan: the same primitives, with the sizes that are left.
+
+The pruned graph needs no model class, so it exists for every plan, also for one that no config can
+express. It is read backwards from the outputs. The size of most axes follows from the plan alone;
+a *wild* axis (from a broadcast) takes the size that its reader needs, so a mask that is shared by
+layers which keep different numbers of heads is emitted once for each.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import mlx.core as mx
+
+from .axes import NamedAxes
+from .dims import Axis, Dim, factors, leaves, size_of
+from .errors import InputError
+from .graph import Graph, Node, Value
+from .plan import PrunePlan
+from .prune import check_plan
+
+Wild = dict[Dim, int]
+SHAPE_ONLY = {"Squeeze", "ExpandDims", "Reshape", "Flatten", "Unflatten", "Transpose", "Broadcast"}
+
+
+def edit_graph(
+    named: NamedAxes, plan: PrunePlan, *, bypass: Mapping[int, int] | None = None
+) -> Graph:
+    """The graph after pruning; it takes `prune_parameters`' arrays under the same paths.
+
+    `bypass` maps the id of a value to the one that takes its place (dropped layers); parameters
+    that only the bypassed part used are gone. Raises `InputError` for a plan of another model, or
+    when a primitive's attributes cannot follow (a ranking over a pruned dimension).
+    """
+    check_plan(named, plan)
+    return _Editor(named, plan, dict(bypass or {})).edit()
+
+
+class _Editor:
+    def __init__(self, named: NamedAxes, plan: PrunePlan, bypass: dict[int, int]):
+        self.named, self.plan, self.bypass = named, plan, bypass
+        self.graph, self.axes = named.graph, named.inference.axes
+        self.producer = {out: k for k, n in enumerate(self.graph.nodes) for out in n.outputs}
+        self.demands: dict[int, list[Wild]] = {}
+        self.emitted: dict[tuple, int] = {}
+        self.values: dict[int, Value] = {}
+        self.constants: dict[int, mx.array] = {}
+
+    def edit(self) -> Graph:
+        for value in self.graph.outputs:
+            self._demand(value, {})
+        order = list(reversed(range(len(self.graph.nodes))))
+        for k in order:
+            for wild in self._versions(self.graph.nodes[k]):
+                for value in self.graph.nodes[k].inputs:
+                    self._demand(value, self._wild_of_input(k, value, wild))
+        inputs = tuple(self._emit_leaf(value) for value in self.graph.inputs)
+        parameters = {
+            path: self._emit_leaf(value)
+            for path, value in self.graph.parameters.items()
+            if value in self.demands or not self.bypass
+        }
+        for value, array in self.graph.constants.items():
+            if value in self.demands:
+                self.constants[self._emit_leaf(value)] = array
+        nodes = [node for k in reversed(order) for node in self._emit(k)]
+        outputs = tuple(self._new_id(value, {}) for value in self.graph.outputs)
+        return Graph(tuple(nodes), self.values, inputs, outputs, parameters, self.constants)
+
+    # ---- sizes
+
+    def _size(self, axis: Axis, wild: Wild) -> int:
+        return math.prod(self._factor_size(dim, wild) for dim in factors(axis))
+
+    def _factor_size(self, dim: Dim, wild: Wild) -> int:
+        if dim.segments is not None:
+            return sum(self._size(segment, wild) for segment in dim.segments)
+        if dim.wild:
+            return wild.get(dim, dim.size)
+        return self.plan.kept(self.named.names.get(dim, ""), dim.size)
+
+    def _shape(self, value: int, wild: Wild) -> tuple[int, ...]:
+        old = self.graph.values[value].shape
+        return tuple(
+            self._size(axis, wild) if size_of(axis) == n else n
+            for axis, n in zip(self.axes[value], old, strict=True)
+        )
+
+    def _offset(self, axis: Axis, position: int, wild: Wild) -> int:
+        """Where the boundary at `position` of an axis lies after pruning."""
+        if position in (0, size_of(axis)):
+            return self._size(axis, wild) if position else 0
+        lead, *rest = factors(axis)
+        inner = size_of(rest)
+        return self._lead_offset(lead, position // inner, wild) * self._size(rest, wild)
+
+    def _lead_offset(self, dim: Dim, position: int, wild: Wild) -> int:
+        if dim.segments is None:
+            if self._factor_size(dim, wild) != dim.size and 0 < position < dim.size:
+                raise InputError("a pruned dimension is cut by position; it cannot be edited.")
+            return position
+        before = 0
+        for segment in dim.segments:
+            size = size_of(segment)
+            if position < size:
+                return before + self._offset(segment, position, wild)
+            before, position = before + self._size(segment, wild), position - size
+        return before
+
+    # ---- who needs what
+
+    def _resolve(self, value: int) -> int:
+        while value in self.bypass:
+            value = self.bypass[value]
+        return value
+
+    def _wilds(self, value: int) -> set[Dim]:
+        return {dim for axis in self.axes[value] for dim in leaves(axis) if dim.wild}
+
+    def _demand(self, value: int, wild: Wild) -> None:
+        value = self._resolve(value)
+        wanted = {dim: wild[dim] for dim in self._wilds(value) if dim in wild}
+        versions = self.demands.setdefault(value, [])
+        if wanted not in versions:
+            versions.append(wanted)
+
+    def _versions(self, node: Node) -> list[Wild]:
+        out: list[Wild] = []
+        for value in node.outputs:
+            out += [wild for wild in self.demands.get(value, ()) if wild not in out]
+        return out
+
+    def _wild_of_input(self, position: int, value: int, wild: Wild) -> Wild:
+        sizes = dict(wild)
+        for ours, theirs in self.named.inference.matches.get(position, ()):
+            for dim, size in self._matched(ours, theirs, wild):
+                if dim not in wild:
+                    sizes[dim] = size
+        return sizes
+
+    def _matched(self, ours: Axis, theirs: Axis, wild: Wild) -> Iterator[tuple[Dim, int]]:
+        mine, other = factors(ours), factors(theirs)
+        if [d.size for d in mine] == [d.size for d in other]:
+            for x, y in zip(mine, other, strict=True):
+                if x.segments is None and x.wild:
+                    yield x, self._factor_size(y, wild)
+        elif len(mine) == 1 and mine[0].segments is None and mine[0].wild:
+            yield mine[0], self._size(other, wild)
+
+    # ---- the new graph
+
+    def _key(self, value: int, wild: Wild) -> tuple:
+        value = self._resolve(value)
+        return value, frozenset((d, n) for d, n in wild.items() if d in self._wilds(value))
+
+    def _new_id(self, value: int, wild: Wild) -> int:
+        return self.emitted[self._key(value, wild)]
+
+    def _emit_leaf(self, value: int) -> int:
+        return self._emit_value(value, {})
+
+    def _emit_value(self, value: int, wild: Wild) -> int:
+        number = len(self.values)
+        self.emitted[self._key(value, wild)] = number
+        self.values[number] = Value(self._shape(value, wild), self.graph.values[value].dtype)
+        return number
+
+    def _emit(self, position: int) -> Iterator[Node]:
+        node = self.graph.nodes[position]
+        for wild in self._versions(node):
+            wilds = [self._wild_of_input(position, value, wild) for value in node.inputs]
+            inputs = [self._new_id(v, w) for v, w in zip(node.inputs, wilds, strict=True)]
+            inputs = self._rescale_mean(node, inputs)
+            outputs = tuple(self._emit_value(value, wild) for value in node.outputs)
+            attributes = self._attributes(node, wilds[0] if wilds else {}, wild, outputs)
+            yield Node(node.op, tuple(inputs), outputs, attributes)
+
+    def _attributes(self, node: Node, wild_in: Wild, wild: Wild, outputs) -> tuple:
+        rewrite = REWRITES.get(node.op)
+        return rewrite(self, node, wild_in, wild, outputs) if rewrite else node.attributes
+
+    def _rescale_mean(self, node: Node, inputs: list[int]) -> list[int]:
+        """MLX writes a mean as sum * (1 / n): where n shrinks, the constant follows."""
+        if node.op != "Multiply":
+            return inputs
+        for k in (0, 1):
+            count = self._reduced_count(node.inputs[k])
+            scale = self._scalar(node.inputs[1 - k])
+            if count and scale is not None and math.isclose(scale * count[0], 1, rel_tol=1e-2):
+                new = mx.array(1 / count[1], self.graph.values[node.inputs[1 - k]].dtype)
+                inputs[1 - k] = len(self.values)
+                self.values[inputs[1 - k]] = Value((), new.dtype)
+                self.constants[inputs[1 - k]] = new
+        return inputs
+
+    def _reduced_count(self, value: int) -> tuple[int, int] | None:
+        """For the sum of a pruned axis: how many entries it adds, before and after."""
+        node = self._source(value)
+        if node is None or node.op != "Reduce" or node.attributes[0] != 2:
+            return None
+        axes = [self.axes[node.inputs[0]][k] for k in node.attributes[1]]
+        old = math.prod(map(size_of, axes))
+        new = math.prod(self._size(axis, {}) for axis in axes)
+        return (old, new) if new != old else None
+
+    def _source(self, value: int) -> Node | None:
+        """The node that computes a value, seen through changes of shape."""
+        while value in self.producer:
+            node = self.graph.nodes[self.producer[value]]
+            if node.op not in SHAPE_ONLY:
+                return node
+            value = node.inputs[0]
+        return None
+
+    def _scalar(self, value: int) -> float | None:
+        while value in self.producer and self.graph.nodes[self.producer[value]].op in SHAPE_ONLY:
+            value = self.graph.nodes[self.producer[value]].inputs[0]
+        array = self.graph.constants.get(value)
+        return array.item() if array is not None and array.size == 1 else None
+
+
+def _new_shape(editor, node, wild_in, wild, outputs):
+    return (editor.values[outputs[0]].shape,)
+
+
+def _unflatten(editor, node, wild_in, wild, outputs):
+    axis, shape = node.attributes
+    return axis, editor.values[outputs[0]].shape[axis : axis + len(shape)]
+
+
+def _window(editor, axis, start, end, stride, wild):
+    if editor._size(axis, wild) == size_of(axis):
+        return start, end
+    if stride != 1:
+        return start, editor._size(axis, wild)
+    return editor._offset(axis, start, wild), editor._offset(axis, min(end, size_of(axis)), wild)
+
+
+def _slice(editor, node, wild_in, wild, outputs):
+    *code, start, end, stride = node.attributes
+    axes = editor.axes[node.inputs[0]]
+    bounds = [_window(editor, *p, wild_in) for p in zip(axes, start, end, stride, strict=True)]
+    return (*code, tuple(b for b, _ in bounds), tuple(e for _, e in bounds), stride)
+
+
+def _split(editor, node, wild_in, wild, outputs):
+    points, axis = node.attributes
+    whole = editor.axes[node.inputs[0]][axis]
+    return tuple(editor._offset(whole, point, wild_in) for point in points), axis
+
+
+def _gather(editor, node, wild_in, wild, outputs):
+    axes, sizes = node.attributes
+    old = editor.graph.values[node.inputs[0]].shape
+    new = editor._shape(node.inputs[0], wild_in)
+    return axes, tuple(n if s == o else s for s, o, n in zip(sizes, old, new, strict=True))
+
+
+def _convolution(editor, node, wild_in, wild, outputs):
+    channels = editor._shape(node.inputs[0], wild_in)[-1]
+    return (*node.attributes[:5], channels // editor._shape(node.inputs[1], {})[-1], node.attributes[6])
+
+
+def _pad(editor, node, wild_in, wild, outputs):
+    axes, low, high = node.attributes
+    out = [editor.axes[node.outputs[0]][k] for k in axes]
+    new_low = [editor._offset(axis, n, wild) for axis, n in zip(out, low, strict=True)]
+    new_high = [
+        editor._size(axis, wild) - editor._offset(axis, size_of(axis) - n, wild)
+        for axis, n in zip(out, high, strict=True)
+    ]
+    return axes, tuple(new_low), tuple(new_high)
+
+
+def _as_strided(editor, node, wild_in, wild, outputs):
+    shape, strides, offset = node.attributes
+    old, new = shape[-1], editor.values[outputs[0]].shape[-1]
+    outer = tuple(stride // old * new for stride in strides[:-1])
+    return (*shape[:-1], new), (*outer, strides[-1]), offset // old * new
+
+
+def _ranking(editor, node, wild_in, wild, outputs):
+    axis = editor.axes[node.inputs[0]][node.attributes[-1]]
+    if editor._size(axis, wild_in) != size_of(axis):
+        raise InputError(f"{node.op} ranks a pruned dimension; the graph cannot be edited.")
+    return node.attributes
+
+
+REWRITES = {
+    **dict.fromkeys(("Reshape", "Broadcast", "Full"), _new_shape),
+    **dict.fromkeys(("Slice", "SliceUpdate"), _slice),
+    **dict.fromkeys(("ArgSort", "ArgPartition", "Partition", "Sort"), _ranking),
+    "AsStrided": _as_strided,
+    "Convolution": _convolution,
+    "Gather": _gather,
+    "Pad": _pad,
+    "Split": _split,
+    "Unflatten": _unflatten,
+}

@@ -1,0 +1,137 @@
+"""Apply a prune plan to parameters: gather the kept slots, or zero the others.
+
+Every slot of a parameter belongs to at most one unit of each dimension (`NamedAxes.coordinates`),
+so a plan becomes, for each axis, the list of slots to keep. Where units are chosen anew within
+another dimension that lies on another axis (the channels of each expert) the list differs by row.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .axes import NamedAxes
+from .errors import InputError
+from .plan import PrunePlan
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Kept slots of one axis: [kept], or [rows kept of axis `along`, kept]."""
+
+    axis: int
+    slots: np.ndarray
+    along: int | None = None
+
+
+def check_plan(named: NamedAxes, plan: PrunePlan) -> None:
+    """Raise `InputError` unless every cut names a free dimension of this model, of its size."""
+    for cut in plan:
+        dimension = named.dimensions.get(cut.name)
+        if dimension is None:
+            raise InputError(f"{cut.name}: the model has no such dimension; `inspect` lists them.")
+        if dimension.size != cut.size:
+            raise InputError(
+                f"{cut.name}: the plan was made for {cut.size} units, the model has "
+                f"{dimension.size}."
+            )
+        if not dimension.free:
+            raise InputError(f"{cut.name}: cannot be pruned ({dimension.frozen}).")
+        if cut.within not in (None, dimension.within):
+            raise InputError(f"{cut.name}: cannot be chosen within {cut.within}.")
+
+
+def picks(named: NamedAxes, plan: PrunePlan, path: str) -> list[Pick]:
+    """The slots that a plan keeps of one parameter, for the axes that it cuts."""
+    masks = _masks(named, plan, path)
+    plain = {k: np.flatnonzero(m) for k, (m, along) in enumerate(masks) if along is None}
+    out = [Pick(k, slots) for k, slots in plain.items() if len(slots) < masks[k][0].size]
+    for k, (mask, along) in enumerate(masks):
+        if along is not None:
+            rows = [np.flatnonzero(mask[row]) for row in plain[along]]
+            out.append(Pick(k, np.stack(rows), along))
+    return out
+
+
+def prune_array(array: mx.array, cuts: list[Pick]) -> mx.array:
+    """The kept slots of a parameter, in their order."""
+    for pick in cuts:
+        if pick.along is None:
+            array = mx.take(array, mx.array(pick.slots), axis=pick.axis)
+        else:
+            array = mx.take_along_axis(array, _spread(pick, array.shape), axis=pick.axis)
+    return array
+
+
+def pruned_shape(shape: tuple[int, ...], cuts: list[Pick]) -> tuple[int, ...]:
+    """The shape of `prune_array`'s result."""
+    sizes = {pick.axis: pick.slots.shape[-1] for pick in cuts}
+    return tuple(sizes.get(k, n) for k, n in enumerate(shape))
+
+
+def zero_array(named: NamedAxes, plan: PrunePlan, path: str, array: mx.array) -> mx.array:
+    """The parameter with all slots of removed units set to zero: what pruning must equal."""
+    for k, (mask, along) in enumerate(_masks(named, plan, path)):
+        shape = [1] * array.ndim
+        shape[k] = mask.shape[-1]
+        if along is not None:
+            shape[along] = mask.shape[0]
+            mask = mask if along < k else mask.T
+        array = mx.where(mx.array(mask.reshape(shape)), array, mx.zeros((), array.dtype))
+    return array
+
+
+def pruned_shapes(named: NamedAxes, plan: PrunePlan) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter after pruning."""
+    return {
+        path: pruned_shape(shape, picks(named, plan, path))
+        for path, shape in named.graph.shapes().items()
+    }
+
+
+def prune_parameters(
+    named: NamedAxes, plan: PrunePlan, parameters: Mapping[str, mx.array]
+) -> dict[str, mx.array]:
+    """All parameters after pruning, lazy. Raises `InputError` for a plan of another model."""
+    check_plan(named, plan)
+    return {path: prune_array(a, picks(named, plan, path)) for path, a in parameters.items()}
+
+
+def zero_parameters(
+    named: NamedAxes, plan: PrunePlan, parameters: Mapping[str, mx.array]
+) -> dict[str, mx.array]:
+    """All parameters with the removed units zeroed, lazy; the oracle of `prune_parameters`."""
+    check_plan(named, plan)
+    return {path: zero_array(named, plan, path, a) for path, a in parameters.items()}
+
+
+def _masks(named: NamedAxes, plan: PrunePlan, path: str) -> list[tuple[np.ndarray, int | None]]:
+    """Per axis, which slots stay: ([slots], None), or ([slots of `along`, slots], along)."""
+    coordinates = named.coordinates(path)
+    out = []
+    for axis, size in enumerate(named.graph.shapes()[path]):
+        mask, along = np.ones(size, dtype=bool), None
+        for name, units in coordinates[axis].items():
+            if name not in plan.cuts:
+                continue
+            cut = plan.cuts[name]
+            keep, rest = cut.mask(), units < 0
+            if cut.within is None:
+                mask = mask & (rest | keep[units])
+            elif cut.within in coordinates[axis]:
+                mask = mask & (rest | keep[coordinates[axis][cut.within], units])
+            else:
+                along = next(k for k, here in enumerate(coordinates) if cut.within in here)
+                mask = mask & (rest | keep[coordinates[along][cut.within]][:, units])
+        out.append((mask, along))
+    return out
+
+
+def _spread(pick: Pick, shape: tuple[int, ...]) -> mx.array:
+    """Row-wise indices in the shape that `take_along_axis` wants."""
+    order = pick.slots if pick.along < pick.axis else pick.slots.T
+    inner = [1] * len(shape)
+    inner[pick.along], inner[pick.axis] = shape[pick.along], pick.slots.shape[-1]
+    whole = tuple(inner[k] if k in (pick.along, pick.axis) else n for k, n in enumerate(shape))
+    return mx.broadcast_to(mx.array(order.reshape(inner)), whole)
