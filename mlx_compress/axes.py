@@ -147,6 +147,9 @@ def _slots(graph: Graph, inference: Inference) -> dict[Dim, list[tuple[str, int]
             _freeze_squares(axis)
             for dim in dict.fromkeys(leaves(axis)):
                 slots[dim].append((path, k))
+    for dim, places in slots.items():
+        if len(places) == 1:
+            freeze([dim], "no other parameter shares it")
     return slots
 
 

@@ -166,8 +166,7 @@ def gather_mm(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
     a, b, left, right = x
     ctx.unify(a[-1], b[-2])
     _point_into(ctx, node.inputs[3], b[0])
-    for axis in b[1:-2]:
-        freeze(axis, "batched weights of an indexed product")
+    freeze_all([*a[:-2], *b[1:-2]], "indexed by position")
     ctx.routed.append((b[0], node.inputs[3]))
     shape = ctx.shape(node.outputs[0])
     out = [ctx.join([p, q], n) for p, q, n in zip(left, right, shape, strict=False)]

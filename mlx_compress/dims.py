@@ -76,7 +76,7 @@ def leaves(axis: Axis) -> Iterator[Dim]:
 
 def is_wild(axis: Axis) -> bool:
     """True where the array is constant along the axis (also for an axis of size 1)."""
-    return all(dim.wild for dim in leaves(axis))
+    return all(dim.wild for dim in factors(axis))
 
 
 def freeze(axis: Axis, why: str) -> None:
@@ -122,8 +122,12 @@ def unify(left: Axis, right: Axis, matches: list | None = None) -> None:
     Pairs (wild axis, axis it stands along) are appended to `matches`. Where the two cannot be cut
     alike both are frozen.
     """
+    matches = [] if matches is None else matches
+    if size_of(left) == size_of(right) and (is_wild(left) or is_wild(right)):
+        matches += [(x, y) for x, y in ((left, right), (right, left)) if is_wild(x) and x]
+        return
     try:
-        _unify(left, right, [] if matches is None else matches)
+        _unify(left, right, matches)
     except Misaligned:
         freeze(left, "cut in ways that do not fit together")
         freeze(right, "cut in ways that do not fit together")

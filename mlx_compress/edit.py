@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import mlx.core as mx
 
 from .axes import NamedAxes
-from .dims import Axis, Dim, factors, leaves, size_of
+from .dims import Axis, Dim, factors, find, size_of
 from .errors import InputError
 from .graph import Graph, Node, Value
 from .plan import PrunePlan
@@ -69,13 +69,15 @@ class _Editor:
     # ---- sizes
 
     def _size(self, axis: Axis, wild: Wild) -> int:
-        return math.prod(self._factor_size(dim, wild) for dim in factors(axis))
+        return math.prod(self._dim_size(find(dim), wild) for dim in axis)
 
-    def _factor_size(self, dim: Dim, wild: Wild) -> int:
+    def _dim_size(self, dim: Dim, wild: Wild) -> int:
+        if dim in wild:
+            return wild[dim]
+        if dim.parts is not None:
+            return self._size(dim.parts, wild)
         if dim.segments is not None:
             return sum(self._size(segment, wild) for segment in dim.segments)
-        if dim.wild:
-            return wild.get(dim, dim.size)
         return self.plan.kept(self.named.names.get(dim, ""), dim.size)
 
     def _shape(self, value: int, wild: Wild) -> tuple[int, ...]:
@@ -95,7 +97,7 @@ class _Editor:
 
     def _lead_offset(self, dim: Dim, position: int, wild: Wild) -> int:
         if dim.segments is None:
-            if self._factor_size(dim, wild) != dim.size and 0 < position < dim.size:
+            if self._dim_size(dim, wild) != dim.size and 0 < position < dim.size:
                 raise InputError("a pruned dimension is cut by position; it cannot be edited.")
             return position
         before = 0
@@ -114,7 +116,7 @@ class _Editor:
         return value
 
     def _wilds(self, value: int) -> set[Dim]:
-        return {dim for axis in self.axes[value] for dim in leaves(axis) if dim.wild}
+        return {dim for axis in self.axes[value] for dim in _wild_within(axis)}
 
     def _demand(self, value: int, wild: Wild) -> None:
         value = self._resolve(value)
@@ -138,13 +140,13 @@ class _Editor:
         return sizes
 
     def _matched(self, ours: Axis, theirs: Axis, wild: Wild) -> Iterator[tuple[Dim, int]]:
-        mine, other = factors(ours), factors(theirs)
-        if [d.size for d in mine] == [d.size for d in other]:
-            for x, y in zip(mine, other, strict=True):
-                if x.segments is None and x.wild:
-                    yield x, self._factor_size(y, wild)
-        elif len(mine) == 1 and mine[0].segments is None and mine[0].wild:
-            yield mine[0], self._size(other, wild)
+        if len(ours) == 1:
+            yield find(ours[0]), self._size(theirs, wild)
+            return
+        other = factors(theirs)
+        if [d.size for d in ours] == [d.size for d in other]:
+            for x, y in zip(ours, other, strict=True):
+                yield x, self._dim_size(y, wild)
 
     # ---- the new graph
 
@@ -216,6 +218,14 @@ class _Editor:
             value = self.graph.nodes[self.producer[value]].inputs[0]
         array = self.graph.constants.get(value)
         return array.item() if array is not None and array.size == 1 else None
+
+
+def _wild_within(axis: Axis) -> Iterator[Dim]:
+    """The wild variables of an axis, and those that they were cut into."""
+    for dim in map(find, axis):
+        if dim.wild:
+            yield dim
+        yield from _wild_within(dim.parts or [d for s in dim.segments or () for d in s])
 
 
 def _new_shape(editor, node, wild_in, wild, outputs):

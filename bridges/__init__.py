@@ -1,0 +1,1 @@
+"""Roads to other tools and formats, one file each."""
