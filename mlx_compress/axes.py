@@ -7,18 +7,18 @@ what a dimension *is* is told by what the graph does with it.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from .axis_rules import Inference, freeze_all
+from .axis_rules import INDEXED, Inference, freeze_all
 from .dims import Axis, Dim, factors, freeze, leaves, size_of
 from .graph import Graph, Node
 from .roles import Roles
 
-MIXING = "is mixed by a mean, a norm or a softmax"
+OUTPUT = "the model's output"
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,24 @@ class NamedAxes:
     def axes_of(self, path: str) -> list[Axis]:
         return self.inference.axes[self.graph.parameters[path]]
 
+    def sizes_after(self, path: str, counts: Mapping[str, int]) -> tuple[int, ...]:
+        """A parameter's shape when dimensions keep `counts` units; the others stay whole."""
+        return tuple(self._size_after(axis, counts) for axis in self.axes_of(path))
+
+    def _size_after(self, axis: Axis, counts: Mapping[str, int]) -> int:
+        size = 1
+        for dim in factors(axis):
+            if dim.segments is not None:
+                size *= sum(self._size_after(segment, counts) for segment in dim.segments)
+            else:
+                size *= counts.get(self.names[dim], dim.size)
+        return size
+
+    def is_vocabulary(self, path: str) -> bool:
+        """Whether a parameter is an embedding or a head: it is indexed by ids, or is the output."""
+        reasons = {dim.frozen for axis in self.axes_of(path) for dim in leaves(axis)}
+        return bool(reasons & {INDEXED, OUTPUT})
+
     def describe(self, path: str) -> list[str]:
         """Each axis of a parameter in words: `heads*query_heads*(head_dim|head_dim)`."""
         return [self._words(axis) for axis in self.axes_of(path)]
@@ -88,11 +106,12 @@ class NamedAxes:
     def coordinates(self, path: str) -> list[dict[str, np.ndarray]]:
         """For each axis of a parameter: per dimension, the unit that each slot belongs to, or -1."""
         if path not in self._coordinates:
-            self._coordinates[path] = [
-                {self.names[dim]: units for dim, units in _coordinates(axis).items()}
-                for axis in self.axes_of(path)
-            ]
+            self._coordinates[path] = [self.units_along(axis) for axis in self.axes_of(path)]
         return self._coordinates[path]
+
+    def units_along(self, axis: Axis) -> dict[str, np.ndarray]:
+        """Per dimension on an axis, the unit that each slot belongs to, or -1."""
+        return {self.names[d]: units for d, units in _coordinates(axis).items() if d in self.names}
 
 
 def named_axes(graph: Graph) -> NamedAxes:
@@ -136,7 +155,7 @@ def _infer(graph: Graph) -> Inference:
     for position, node in enumerate(graph.nodes):
         inference.follow(position, node)
     for value in graph.outputs:
-        freeze_all(inference.axes[value], "the model's output")
+        freeze_all(inference.axes[value], OUTPUT)
     return inference
 
 

@@ -5,7 +5,9 @@ outputs. What a rule cannot follow it freezes, with the reason; a primitive with
 all that it touches and is named. So nothing is ever wrong for lack of a rule, only not prunable.
 """
 
+import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .dims import (
@@ -25,6 +27,7 @@ from .execute import ELEMENTWISE, window
 from .graph import Graph, Node
 
 Axes = list[Axis]
+INDEXED = "indexed by position"
 
 
 @dataclass
@@ -122,10 +125,37 @@ def broadcast(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
 
 def regroup(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
     """Reshape and its kin: the row-major factors are dealt out to the new axes."""
-    shape = ctx.shape(node.outputs[0])
-    rest = factors([dim for axis in x[0] for dim in axis])
     out: Axes = []
-    for size in shape:
+    for axes, sizes in _blocks(x[0], ctx.shape(node.outputs[0])):
+        try:
+            out += _deal([dim for axis in axes for dim in axis], sizes)
+        except Misaligned:
+            why = f"{node.op} cuts it in a way that does not fit"
+            freeze_all(axes, why)
+            out += [new_axis(size, frozen=why) for size in sizes]
+    _carry_indices(ctx, node)
+    return [out]
+
+
+def _blocks(axes: Axes, sizes: tuple[int, ...]) -> Iterator[tuple[Axes, list[int]]]:
+    """The shortest runs of old axes and new sizes that hold equally many slots."""
+    old, new = list(axes), list(sizes)
+    if 0 in new:
+        yield old, new
+        return
+    while old or new:
+        before, after = [], []
+        while not (before or after) or math.prod(map(size_of, before)) != math.prod(after):
+            if old and math.prod(map(size_of, before)) <= math.prod(after):
+                before.append(old.pop(0))
+            else:
+                after.append(new.pop(0))
+        yield before, after
+
+
+def _deal(rest: Axis, sizes: list[int]) -> Axes:
+    out: Axes = []
+    for size in sizes:
         axis: Axis = [] if size else new_axis(0, wild=True)
         while size_of(axis) < size:
             rest = factors(rest)
@@ -137,8 +167,7 @@ def regroup(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
             else:
                 raise Misaligned
         out.append(axis)
-    _carry_indices(ctx, node)
-    return [out]
+    return out
 
 
 def transpose(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
@@ -166,7 +195,7 @@ def gather_mm(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
     a, b, left, right = x
     ctx.unify(a[-1], b[-2])
     _point_into(ctx, node.inputs[3], b[0])
-    freeze_all([*a[:-2], *b[1:-2]], "indexed by position")
+    freeze_all([*a[:-2], *b[1:-2]], INDEXED)
     ctx.routed.append((b[0], node.inputs[3]))
     shape = ctx.shape(node.outputs[0])
     out = [ctx.join([p, q], n) for p, q, n in zip(left, right, shape, strict=False)]
@@ -178,7 +207,7 @@ def _point_into(ctx: Inference, indices: int, axis: Axis) -> None:
     if indices in ctx.index_of:
         ctx.unify(ctx.index_of[indices], axis)
     else:
-        freeze(axis, "indexed by position")
+        freeze(axis, INDEXED)
 
 
 def gather(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:

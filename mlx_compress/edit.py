@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 import mlx.core as mx
 
 from .axes import NamedAxes
-from .dims import Axis, Dim, factors, find, size_of
+from .dims import Axis, Dim, factors, find, is_wild, size_of
 from .errors import InputError
+from .execute import window
 from .graph import Graph, Node, Value
 from .plan import PrunePlan
 from .prune import check_plan
@@ -181,22 +182,29 @@ class _Editor:
         return rewrite(self, node, wild_in, wild, outputs) if rewrite else node.attributes
 
     def _rescale_mean(self, node: Node, inputs: list[int]) -> list[int]:
-        """MLX writes a mean as sum * (1 / n): where n shrinks, the constant follows."""
-        if node.op != "Multiply":
-            return inputs
-        for k in (0, 1):
+        """A mean is sum * (1 / n), or sum / n: where n shrinks, the constant follows."""
+        for k in {"Multiply": (0, 1), "Divide": (0,)}.get(node.op, ()):
             count = self._reduced_count(node.inputs[k])
-            scale = self._scalar(node.inputs[1 - k])
-            if count and scale is not None and math.isclose(scale * count[0], 1, rel_tol=1e-2):
-                new = mx.array(1 / count[1], self.graph.values[node.inputs[1 - k]].dtype)
-                inputs[1 - k] = len(self.values)
-                self.values[inputs[1 - k]] = Value((), new.dtype)
-                self.constants[inputs[1 - k]] = new
+            scale = self._scalar(node.inputs[1 - k]) if count else None
+            if not scale:
+                continue
+            old, new = count
+            if node.op == "Multiply" and math.isclose(scale * old, 1, rel_tol=1e-2):
+                inputs[1 - k] = self._emit_constant(1 / new, node.inputs[1 - k])
+            less = int(scale == old - 1)  # the variance of a sample
+            if node.op == "Divide" and math.isclose(scale, old - less, rel_tol=1e-2):
+                inputs[1 - k] = self._emit_constant(new - less, node.inputs[1 - k])
         return inputs
+
+    def _emit_constant(self, scalar: float, like: int) -> int:
+        number = len(self.values)
+        self.values[number] = Value((), self.graph.values[like].dtype)
+        self.constants[number] = mx.array(scalar, self.values[number].dtype)
+        return number
 
     def _reduced_count(self, value: int) -> tuple[int, int] | None:
         """For the sum of a pruned axis: how many entries it adds, before and after."""
-        node = self._source(value)
+        _, node = self._source(value)
         if node is None or node.op != "Reduce" or node.attributes[0] != 2:
             return None
         axes = [self.axes[node.inputs[0]][k] for k in node.attributes[1]]
@@ -204,20 +212,27 @@ class _Editor:
         new = math.prod(self._size(axis, {}) for axis in axes)
         return (old, new) if new != old else None
 
-    def _source(self, value: int) -> Node | None:
-        """The node that computes a value, seen through changes of shape."""
+    def _source(self, value: int) -> tuple[int, Node | None]:
+        """A value seen through changes of shape, and the node that computes it, if any."""
         while value in self.producer:
             node = self.graph.nodes[self.producer[value]]
             if node.op not in SHAPE_ONLY:
-                return node
+                return value, node
             value = node.inputs[0]
-        return None
+        return value, None
 
     def _scalar(self, value: int) -> float | None:
-        while value in self.producer and self.graph.nodes[self.producer[value]].op in SHAPE_ONLY:
-            value = self.graph.nodes[self.producer[value]].inputs[0]
-        array = self.graph.constants.get(value)
-        return array.item() if array is not None and array.size == 1 else None
+        """What a constant of one element holds, or one computed like MLX's n - ddof."""
+        value, node = self._source(value)
+        if node is None:
+            array = self.graph.constants.get(value)
+            return array.item() if array is not None and array.size == 1 else None
+        if node.op not in ("Subtract", "Maximum"):
+            return None
+        a, b = (self._scalar(i) for i in node.inputs)
+        if a is None or b is None:
+            return None
+        return max(a, b) if node.op == "Maximum" else a - b
 
 
 def _wild_within(axis: Axis) -> Iterator[Dim]:
@@ -240,16 +255,29 @@ def _unflatten(editor, node, wild_in, wild, outputs):
 def _window(editor, axis, start, end, stride, wild):
     if editor._size(axis, wild) == size_of(axis):
         return start, end
+    kept = range(size_of(axis))[window(size_of(axis), start, end, stride)]
     if stride != 1:
-        return start, editor._size(axis, wild)
-    return editor._offset(axis, start, wild), editor._offset(axis, min(end, size_of(axis)), wild)
+        return kept.start, editor._size(axis, wild)
+    return editor._offset(axis, kept.start, wild), editor._offset(axis, kept.stop, wild)
 
 
 def _slice(editor, node, wild_in, wild, outputs):
-    *code, start, end, stride = node.attributes
-    axes = editor.axes[node.inputs[0]]
-    bounds = [_window(editor, *p, wild_in) for p in zip(axes, start, end, stride, strict=True)]
-    return (*code, tuple(b for b, _ in bounds), tuple(e for _, e in bounds), stride)
+    start, end, stride = node.attributes
+    bounds = []
+    for k, axis in enumerate(editor.axes[node.inputs[0]]):
+        size = editor.values[outputs[0]].shape[k]
+        if is_wild(axis) and size != editor.graph.values[node.outputs[0]].shape[k]:
+            bounds.append((0, size * stride[k]))  # constant along it: any slots will do
+        else:
+            bounds.append(_window(editor, axis, start[k], end[k], stride[k], wild_in))
+    return tuple(b for b, _ in bounds), tuple(e for _, e in bounds), stride
+
+
+def _slice_update(editor, node, wild_in, wild, outputs):
+    code, start, end, stride = node.attributes
+    axes = editor.axes[node.outputs[0]]
+    bounds = [_window(editor, *p, wild) for p in zip(axes, start, end, stride, strict=True)]
+    return code, tuple(b for b, _ in bounds), tuple(e for _, e in bounds), stride
 
 
 def _split(editor, node, wild_in, wild, outputs):
@@ -266,8 +294,9 @@ def _gather(editor, node, wild_in, wild, outputs):
 
 
 def _convolution(editor, node, wild_in, wild, outputs):
+    *others, _, flip = node.attributes
     channels = editor._shape(node.inputs[0], wild_in)[-1]
-    return (*node.attributes[:5], channels // editor._shape(node.inputs[1], {})[-1], node.attributes[6])
+    return (*others, channels // editor._shape(node.inputs[1], {})[-1], flip)
 
 
 def _pad(editor, node, wild_in, wild, outputs):
@@ -297,12 +326,13 @@ def _ranking(editor, node, wild_in, wild, outputs):
 
 REWRITES = {
     **dict.fromkeys(("Reshape", "Broadcast", "Full"), _new_shape),
-    **dict.fromkeys(("Slice", "SliceUpdate"), _slice),
     **dict.fromkeys(("ArgSort", "ArgPartition", "Partition", "Sort"), _ranking),
     "AsStrided": _as_strided,
     "Convolution": _convolution,
     "Gather": _gather,
     "Pad": _pad,
+    "Slice": _slice,
+    "SliceUpdate": _slice_update,
     "Split": _split,
     "Unflatten": _unflatten,
 }

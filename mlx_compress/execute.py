@@ -2,7 +2,8 @@
 
 This is the first of the tables that read a graph (the axes, the costs and the exporters are the
 others): a new primitive is one line in each. Shapes are taken from the graph, so an edited graph
-runs as it stands. Everything stays lazy and differentiable.
+runs as it stands. Everything stays lazy and differentiable. MLX leaves `stop_gradient` out of what
+it traces, so a gradient through a graph passes there.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import mlx.core as mx
 
 from .errors import InputError
-from .graph import Graph, Node
+from .graph import Graph, Node, Value
 
 
 def run(
@@ -25,7 +26,7 @@ def run(
 
     `inputs` and `parameters` must have the shapes of the trace; a parameter of another dtype is
     cast to the trace's. `replace` maps a value's id to a function applied to it before its readers
-    see it. Raises `InputError` naming every primitive that has no rule.
+    (and `taps`) see it. Raises `InputError` naming every primitive that has no rule.
     """
     require_supported(graph)
     known = bind(graph, inputs, parameters)
@@ -34,21 +35,34 @@ def run(
 
 def bind(graph: Graph, inputs, parameters) -> dict[int, mx.array]:
     """Values that are known before the first node runs: constants, inputs, parameters."""
+    if len(inputs) != len(graph.inputs):
+        raise InputError(f"{len(inputs)} inputs given, but the graph takes {len(graph.inputs)}.")
+    missing = [path for path in graph.parameters if path not in parameters]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{missing[0]}{more}: the graph expects it, but no array is given.")
     known = dict(graph.constants)
-    known.update(zip(graph.inputs, inputs, strict=True))
+    for k, number in enumerate(graph.inputs):
+        known[number] = _of_shape(f"input {k}", inputs[k], graph.values[number])
     for path, number in graph.parameters.items():
         value = graph.values[number]
-        array = parameters[path]
-        if array.shape != value.shape:
-            raise InputError(f"{path}: shape {array.shape}, but the graph expects {value.shape}.")
-        known[number] = array.astype(value.dtype)
+        known[number] = _of_shape(path, parameters[path], value).astype(value.dtype)
     return known
 
 
+def _of_shape(name: str, array: mx.array, value: Value) -> mx.array:
+    if array.shape != value.shape:
+        raise InputError(f"{name}: shape {array.shape}, but the graph expects {value.shape}.")
+    return array
+
+
 def execute(graph, nodes, known, *, outputs, taps=(), replace=None):
-    """Run `nodes` from the values in `known`, forgetting each value after its last reader."""
-    replace = replace or {}
-    keep = set(outputs) | set(taps)
+    """Run `nodes` from the values in `known`, forgetting each value after its last reader.
+
+    `known` is used up: what is left in it are results, and values that no node reads.
+    """
+    replace, taps = replace or {}, tuple(taps)
+    keep = {*outputs, *taps}
     last = {i: k for k, node in enumerate(nodes) for i in node.inputs}
     for number in set(replace) & set(known):
         known[number] = replace[number](known[number])

@@ -80,12 +80,12 @@ def fit_config(
                 found.append(candidate)
                 if accept(copy.deepcopy(candidate)):
                     return candidate
-    if found:
-        raise Inexpressible(
-            f"{len(found)} configs give the wanted shapes, but none computes what was asked for; "
-            f"the first one sets {changes(config, found[0])}."
-        )
-    raise refusal(build, *nearest, target)
+        if not found:  # the other ways to number the layers have the same shapes
+            raise refusal(build, *nearest, target)
+    raise Inexpressible(
+        f"{len(found)} configs give the wanted shapes, but none computes what was asked for; "
+        f"the first one sets {changes(config, found[0])}."
+    )
 
 
 def check(expected: Shapes, target: Shapes) -> None:

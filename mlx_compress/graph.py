@@ -10,7 +10,7 @@ are made of. So a graph is the same on every machine, and one table of primitive
 
 import contextlib
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -127,14 +127,9 @@ def _as_function(fn, parameters):
 
 def _private_arrays(module: nn.Module) -> list[mx.array]:
     """Arrays a module holds outside its parameters; left lazy, their making would be traced too."""
-    return [
-        leaf
-        for sub in module.modules()
-        for key, entry in sub.items()
-        if key.startswith("_")
-        for _, leaf in tree_flatten([entry])
-        if isinstance(leaf, mx.array)
-    ]
+    named = {id(leaf) for _, leaf in tree_flatten(module.parameters())}
+    held = (leaf for _, leaf in tree_flatten(module) if isinstance(leaf, mx.array))
+    return [leaf for leaf in held if id(leaf) not in named]
 
 
 def _stand_in(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
@@ -146,15 +141,26 @@ def _stand_in(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
 def _restored(fn):
     """Put a module back as it was: tracing leaves stand-ins in its parameters and its caches."""
     modules = fn.modules() if isinstance(fn, nn.Module) else []
-    held = [(module, dict(module), dict(vars(module))) for module in modules]
+    attributes = [(module, dict(vars(module))) for module in modules]
+    contents = [(c, list(c) if isinstance(c, list) else dict(c)) for c in _containers(fn)]
     try:
         yield
     finally:
-        for module, entries, attributes in held:
-            module.clear()
-            dict.update(module, entries)
+        for container, held in contents:
+            container.clear()
+            container.extend(held) if isinstance(held, list) else dict.update(container, held)
+        for module, held in attributes:
             vars(module).clear()
-            vars(module).update(attributes)
+            vars(module).update(held)
+
+
+def _containers(entry) -> Iterator[dict | list]:
+    """The dicts and lists within a module, itself and its submodules among them."""
+    if isinstance(entry, dict | list):
+        yield entry
+    if isinstance(entry, dict | list | tuple):
+        for child in entry.values() if isinstance(entry, dict) else entry:
+            yield from _containers(child)
 
 
 @contextlib.contextmanager
@@ -170,13 +176,19 @@ def _capturable():
             setattr(mx, name, function)
 
 
+ADVICE = {
+    "eval an array": " A traced call must not look at the contents of an array: leave what depends "
+    "on them an array, or compute it before the call.",
+    "Unable to get state": " MLX cannot record it: write it with other operations.",
+}
+
+
 def _explain(fn, error: Exception) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     name = getattr(fn, "__name__", type(fn).__name__)
     reason = str(error).strip().splitlines()[0]
-    looks = "eval" in reason.lower()
-    advice = " A traced call must not look at the contents of an array." if looks else ""
+    advice = next((text for sign, text in ADVICE.items() if sign in reason), "")
     return f"{name} cannot be traced{where}: {reason}{advice}"
 
 

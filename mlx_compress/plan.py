@@ -7,6 +7,7 @@ compared and applied again to the same checkpoint. It holds no weights and no sc
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +33,14 @@ class Cut:
     slots: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self):
-        rows = self.keep if self.within else [self.keep]
+        rows = (self.keep or [[]]) if self.within else [self.keep]
         for row in rows:
-            good = bool(row) and list(row) == sorted(set(row)) and 0 <= row[0] <= row[-1] < self.size
-            if not good:
+            whole = all(isinstance(i, Integral) and not isinstance(i, bool) for i in row)
+            good = whole and bool(row) and list(row) == sorted(set(row))
+            if not good or not 0 <= row[0] <= row[-1] < self.size:
                 raise InputError(
                     f"{self.name}: kept indices {_short(row)} must be non-empty, sorted, distinct "
-                    f"and below {self.size}."
+                    f"whole numbers below {self.size}."
                 )
         if len({len(row) for row in rows}) > 1:
             raise InputError(f"{self.name}: keeps different counts within {self.within}.")
@@ -82,9 +84,14 @@ class PrunePlan:
             raise InputError(f"not a prune plan of format {FORMAT}.")
         try:
             cuts = [_cut_from_json(entry) for entry in document["dimensions"]]
-        except (KeyError, TypeError) as error:
+            plan = cls({cut.name: cut for cut in cuts}, dict(document.get("recipe", {})))
+        except InputError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"the prune plan is damaged: {error!r}.") from error
-        return cls({cut.name: cut for cut in cuts}, document.get("recipe", {}))
+        if len(plan.cuts) < len(cuts):
+            raise InputError("the prune plan is damaged: it names a dimension twice.")
+        return plan
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf8")
@@ -96,6 +103,8 @@ class PrunePlan:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf8")))
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such plan.") from error
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not JSON ({error}).") from error
         except InputError as error:

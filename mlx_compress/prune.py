@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from .axes import NamedAxes
+from .dims import size_of
 from .errors import InputError
 from .plan import PrunePlan
 
@@ -40,6 +41,11 @@ def check_plan(named: NamedAxes, plan: PrunePlan) -> None:
             raise InputError(f"{cut.name}: cannot be pruned ({dimension.frozen}).")
         if cut.within not in (None, dimension.within):
             raise InputError(f"{cut.name}: cannot be chosen within {cut.within}.")
+        if cut.within and len(cut.keep) != named.dimensions[cut.within].size:
+            raise InputError(
+                f"{cut.name}: the plan chooses within {len(cut.keep)} units of {cut.within}, "
+                f"the model has {named.dimensions[cut.within].size}."
+            )
 
 
 def picks(named: NamedAxes, plan: PrunePlan, path: str) -> list[Pick]:
@@ -95,6 +101,7 @@ def prune_parameters(
 ) -> dict[str, mx.array]:
     """All parameters after pruning, lazy. Raises `InputError` for a plan of another model."""
     check_plan(named, plan)
+    _check_shapes(named, parameters)
     return {path: prune_array(a, picks(named, plan, path)) for path, a in parameters.items()}
 
 
@@ -103,15 +110,23 @@ def zero_parameters(
 ) -> dict[str, mx.array]:
     """All parameters with the removed units zeroed, lazy; the oracle of `prune_parameters`."""
     check_plan(named, plan)
+    _check_shapes(named, parameters)
     return {path: zero_array(named, plan, path, a) for path, a in parameters.items()}
+
+
+def _check_shapes(named: NamedAxes, parameters: Mapping[str, mx.array]) -> None:
+    shapes = named.graph.shapes()
+    for path, array in parameters.items():
+        if shapes.get(path) != array.shape:
+            raise InputError(f"{path}: shape {array.shape}, but the graph has {shapes.get(path)}.")
 
 
 def _masks(named: NamedAxes, plan: PrunePlan, path: str) -> list[tuple[np.ndarray, int | None]]:
     """Per axis, which slots stay: ([slots], None), or ([slots of `along`, slots], along)."""
     coordinates = named.coordinates(path)
     out = []
-    for axis, size in enumerate(named.graph.shapes()[path]):
-        mask, along = np.ones(size, dtype=bool), None
+    for axis, dims in enumerate(named.axes_of(path)):
+        mask, along = np.ones(size_of(dims), dtype=bool), None
         for name, units in coordinates[axis].items():
             if name not in plan.cuts:
                 continue

@@ -11,7 +11,7 @@ from itertools import combinations, islice
 from .probes import Build, Path, Shapes, is_number, list_lengths, numbers, put
 
 Edits = dict[Path, object]
-TRIALS = 200  # combinations of edits looked at in each round
+TRIALS = 120  # combinations of edits looked at in each round
 
 
 def without_layers(shapes: Shapes, layers: Mapping[str, Sequence[int]]) -> Shapes:
@@ -59,15 +59,30 @@ def renumbered(
         yield config
         return
     expected = without_layers(before, layers)
-    start = put(config, per_layer(config, dropped))
-    choices = list(choose(config, dropped, optional))
-    best = descend(build, start, choices, expected, target)
+    filtered = per_layer(config, dropped)
+    choices = [
+        edits
+        for edits in choose(config, dropped, optional)
+        if not any(path[:i] in filtered for path in edits for i in range(len(path)))
+    ]
+    best = descend(build, put(config, filtered), choices, expected, target)
+    best = put(best, unread_count(build, config, best, dropped))
     yield best
     if distance(build(best), expected, target) == 0:
         for edits in choices:
             other = put(best, edits)
             if other != best and distance(build(other), expected, target) == 0:
                 yield other
+
+
+def unread_count(build: Build, config: dict, best: dict, dropped) -> Edits:
+    """The number of layers, where the model takes it from a list: the one number equal to it."""
+    edits: Edits = {}
+    for length, keep in dropped.values():
+        counts = [path for path, value in numbers(config) if value == length]
+        if len(counts) == 1 and build(put(best, {counts[0]: len(keep)})) == build(best):
+            edits[counts[0]] = len(keep)
+    return edits
 
 
 def descend(build: Build, config: dict, choices: list[Edits], expected: Shapes, target: Shapes):
@@ -116,14 +131,18 @@ def per_layer(config: dict, dropped) -> Edits:
 def choose(config: dict, dropped, optional: Sequence[Path]) -> Iterator[Edits]:
     """What else may have to change, likeliest first; each is an edit of its own."""
     for length, keep in dropped.values():
-        counts = {path: len(keep) for path, value in numbers(config) if value == length}
-        yield from ({path: count} for path, count in counts.items())
-        yield counts
-        for path, value in sequences(config):
-            yield from ({path: other} for other in listed(value, length, keep))
-        for path, value in numbers(config):
-            if isinstance(value, int) and 0 < value:
-                yield from ({path: other} for other in counted(value, length, keep))
+        lists = {path: list(listed(value, length, keep)) for path, value in sequences(config)}
+        counts = {
+            path: value
+            for path, value in numbers(config)
+            if isinstance(value, int) and not lists.get(path[:-1])
+        }
+        whole: Edits = {path: len(keep) for path, value in counts.items() if value == length}
+        yield from ({path: value} for path, value in whole.items())
+        yield whole
+        yield from ({path: other} for path, others in lists.items() for other in others)
+        for path, value in counts.items():
+            yield from ({path: other} for other in counted(value, length, keep))
         yield from ({path: len(keep)} for path in optional)
 
 
@@ -145,7 +164,7 @@ def listed(value, length: int, keep: list[int]) -> Iterator:
 
 def counted(value: int, length: int, keep: list[int]) -> Iterator[int]:
     """Other readings of a count: of the first layers, of the last ones, of more than these."""
-    if value < length:
+    if 0 < value < length:
         yield from {sum(i < value for i in keep), sum(i >= length - value for i in keep)} - {value}
     elif value > length:
         yield value - length + len(keep)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from .axis_rules import Inference
 from .dims import Axis, Dim, factors, is_wild, leaves, size_of
-from .graph import Graph
+from .graph import Graph, Node
 
 KINDS = ("channels", "heads", "query_heads", "head_dim", "experts", "width")
 
@@ -41,8 +41,8 @@ class Roles:
             experts={dim for axis, _ in inference.routed for dim in leaves(axis)},
             heads=heads,
             query_heads=query_heads - heads,
-            residual=_residual(graph, inference),
-            mixed={dim for axis in inference.reduced for dim in leaves(axis)},
+            residual=_residual(graph, inference, dynamic),
+            mixed=_mixed(graph, inference),
         )
 
     def kind(self, dim: Dim, slots: list[tuple[str, int]]) -> str:
@@ -153,15 +153,13 @@ def _beside_wild(axis: Axis, other: Axis) -> set[Dim]:
     return out
 
 
-def _residual(graph: Graph, inference: Inference) -> set[Dim]:
-    """Dimensions of sums `x + f(x)`: one operand was computed from the other."""
+def _residual(graph: Graph, inference: Inference, dynamic: set[int]) -> set[Dim]:
+    """Dimensions of sums `x + f(x)` of activations: one operand was computed from the other."""
     ancestors: dict[int, frozenset[int]] = {}
-    sums: dict[int, int] = {}
     out: set[Dim] = set()
     for node in graph.nodes:
         seen = frozenset().union(*(ancestors.get(i, frozenset()) for i in node.inputs))
-        if node.op == "Add":
-            sums[node.outputs[0]] = len(sums)
+        if node.op == "Add" and dynamic.issuperset(node.inputs):
             a, b = node.inputs
             if a in ancestors.get(b, ()) or b in ancestors.get(a, ()):
                 for axis in inference.axes[node.outputs[0]]:
@@ -181,3 +179,72 @@ def _held_together(inference: Inference, outers: list[Dim]) -> dict[tuple[Dim, D
                 for dim in held:
                     together[dim, outer] = False
     return together
+
+
+# What is zero in every unit whose parameters are zero, by how the operands' zeros combine.
+PASSES_ZEROS = {
+    "Abs", "ArcSin", "ArcSinh", "ArcTan", "ArcTanh", "AsStrided", "AsType", "Broadcast", "Ceil",
+    "Contiguous", "Copy", "Depends", "Erf", "ErfInv", "ExpandDims", "Expm1", "Flatten", "Floor",
+    "Full", "Gather", "GatherAxis", "Log1p", "Negative", "Pad", "Reduce", "Reshape", "Round",
+    "Scan", "Sign", "Sin", "Sinh", "Slice", "Split", "Sqrt", "Square", "Squeeze", "StopGradient",
+    "Tan", "Tanh", "Transpose", "Unflatten", "View",
+}  # fmt: skip
+PRODUCTS = {"AddMM", "Convolution", "GatherMM", "LogicalAnd", "Matmul", "Multiply"}
+SUMS = {"Add", "LogicalOr", "Maximum", "Minimum", "Select", "Subtract"}
+JOINS = {"Concatenate", "SliceUpdate"}
+
+
+def _mixed(graph: Graph, inference: Inference) -> set[Dim]:
+    """Dimensions where removing a unit may differ from zeroing it.
+
+    A mean, a norm or a softmax runs over them; or a product of two activations adds up units that
+    are not zero although their parameters are (`exp(x) @ exp(y)`); or zero is divided by zero.
+    """
+    mixed = {dim for axis in inference.reduced for dim in leaves(axis)}
+    held = {
+        value: {dim for axis in axes for dim in leaves(axis) if not dim.wild}
+        for value, axes in inference.axes.items()
+    }
+    zero = {value: held[value] for value in graph.parameters.values()}
+    scalars = {value: a.item() for value, a in graph.constants.items() if a.size == 1}
+    for node in graph.nodes:
+        x = [zero.get(value, set()) for value in node.inputs]
+        if node.op in ("Broadcast", "Full", "AsType") and node.inputs[0] in scalars:
+            scalars[node.outputs[0]] = scalars[node.inputs[0]]
+        if node.op in ("AddMM", "Convolution", "GatherMM", "Matmul"):
+            mixed |= set(leaves(inference.axes[node.inputs[0]][-1])) - x[0] - x[1]
+        mixed |= _infinite(node, x, scalars)
+        out = _zeros(node, x, [held[value] for value in node.inputs], scalars)
+        zero.update((value, out & held[value]) for value in node.outputs)
+    return mixed
+
+
+def _zeros(node: Node, x: list[set[Dim]], held: list[set[Dim]], scalars) -> set[Dim]:
+    """The dimensions along which an output is zero in the units where parameters are."""
+    if node.op in PASSES_ZEROS or node.op == "Power" and scalars.get(node.inputs[1], 0) > 0:
+        return x[0]
+    if node.op in JOINS:
+        every = set().union(*x)
+        return every.difference(*(has - zero for zero, has in zip(x, held, strict=True)))
+    if node.op in PRODUCTS:
+        return (x[0] | x[1]) & (x[2] if node.op == "AddMM" else x[0] | x[1])
+    if node.op in SUMS:
+        signs = {"Maximum": -1, "Minimum": 1}.get(node.op, 0)
+        operands = zip(x, node.inputs, strict=True)
+        rest = [zero for zero, value in operands if not _harmless(scalars.get(value), signs)]
+        return set.intersection(*rest[node.op == "Select" :]) if rest else set()
+    return x[0] - x[1] if node.op == "Divide" else set()
+
+
+def _harmless(scalar: float | None, sign: int) -> bool:
+    """Whether a constant leaves zeros alone: 0, or one that a maximum or minimum never picks."""
+    return scalar is not None and (scalar == 0 or scalar * sign > 0)
+
+
+def _infinite(node: Node, x: list[set[Dim]], scalars) -> set[Dim]:
+    """Dimensions whose zeros would not stay finite."""
+    if node.op == "Divide":
+        return x[1]
+    reciprocal = node.op == "Sqrt" and node.attributes[0]
+    negative = node.op == "Power" and scalars.get(node.inputs[1], -1) < 0
+    return x[0] if reciprocal or negative or node.op == "Log" else set()

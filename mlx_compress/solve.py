@@ -12,12 +12,33 @@ from itertools import combinations, count
 from math import gcd
 from typing import NamedTuple
 
-from .probes import Axis, Build, Effect, Path, Shapes, effects, get, moved, numbers, put
+from .probes import (
+    Axis,
+    Build,
+    Effect,
+    Path,
+    Shapes,
+    effects,
+    families,
+    get,
+    moved,
+    numbers,
+    probe,
+    put,
+)
 
 POINTS = 100  # configs expanded from one starting point,
 STUCK = 8  # and of those with an axis that no unused field moves: they only serve the message
+ASKS = 3  # different values that one number is tried at, where its axes ask for several
 RATIOS = 3
 HALF = Fraction(1, 2)
+
+
+class Task(NamedTuple):
+    build: Build
+    start: dict  # the config to begin at
+    target: Shapes
+    known: Mapping[Path, Effect]  # what each field moves there
 
 
 class Point(NamedTuple):
@@ -30,23 +51,23 @@ class Point(NamedTuple):
 def search(build: Build, config: dict, target: Shapes) -> Iterator[tuple[dict, Shapes]]:
     """Configs met on the way from `config` to `target`, and their shapes; the goals among them.
 
-    Takes the wrong axis that the fewest unused fields move, and tries each of these, so a solution
+    Takes the wrong axes that the fewest unused fields move, and tries each of these, so a solution
     is met once and not in every order of its fields. Smallest steps come first, because removing 1
     of 4 heads is a likelier reading than removing 4 of the 16 channels of each. If there is no goal
     on this way, every wrong axis is tried (the heads, and the width of each, both changed).
     """
-    known, found = effects(build, config), False
+    task, found = Task(build, config, target, effects(build, config)), False
     for choose in (narrowest, every):
-        for here in walk(build, config, target, known, choose):
+        for here in walk(task, choose):
             found |= build(here) == target
             yield here, build(here)
         if found:
             return
 
 
-def walk(build: Build, config: dict, target: Shapes, known, choose) -> Iterator[dict]:
+def walk(task: Task, choose) -> Iterator[dict]:
     order, found, dead_ends, seen = count(), False, 0, []
-    heap = [(0, (), next(order), Point(config, build(config)))]
+    heap = [(0, (), next(order), Point(task.start, task.build(task.start)))]
     for _ in range(POINTS):
         if not heap:
             return
@@ -54,13 +75,13 @@ def walk(build: Build, config: dict, target: Shapes, known, choose) -> Iterator[
         dead_ends += stuck > 0
         if stuck and (found or dead_ends > STUCK or choose is every):
             return
-        for here in proven(build, point, config, target):
-            found |= build(here) == target
+        for here in proven(task, point):
+            found |= task.build(here) == task.target
             yield here
-        for child in children(build, config, point, target, known, choose):
-            stuck = sum(not movers(known, child, axis) for axis in wrong(child.shapes, target))
+        for child in children(task, point, choose):
             if child.config not in seen:
                 seen.append(child.config)
+                stuck = sum(not movers(task, child, a) for a in wrong(child.shapes, task.target))
                 heappush(heap, (stuck, child.steps, next(order), child))
 
 
@@ -68,44 +89,62 @@ def wrong(shapes: Shapes, target: Shapes) -> list[Axis]:
     return list(moved(shapes, target) or ())
 
 
-def movers(known: Mapping[Path, Effect], point: Point, axis: Axis) -> list[Path]:
-    return [name for name in known if name not in point.used and axis in known[name]]
+def movers(task: Task, point: Point, axis: Axis) -> tuple[Path, ...]:
+    return tuple(n for n in task.known if n not in point.used and axis in task.known[n])
 
 
-def children(build: Build, original, point: Point, target, known, choose) -> Iterator[Point]:
-    """One move further, by each field and wrong axis that `choose` names."""
-    alike: dict[tuple, Axis] = {}  # one axis for all that ask the same of the same fields
-    for axis in wrong(point.shapes, target):
-        names = tuple(movers(known, point, axis))
-        alike.setdefault((names, size(point.shapes, axis), size(target, axis)), axis)
-    for name, pivot in choose({axis: names for (names, *_), axis in alike.items() if names}):
-        edits = solve(build, point, target, known[name], pivot)
-        if edits and not against(build(original), target, known[name], pivot, point, edits):
-            config = put(point.config, edits)
-            step = float(max(abs(value - get(point.config, leaf)) for leaf, value in edits.items()))
-            yield Point(
-                config,
-                build(config) or predicted(point, known[name], edits),
-                point.used | {name},
-                tuple(sorted((*point.steps, step), reverse=True)),
-            )
+def children(task: Task, point: Point, choose) -> Iterator[Point]:
+    """One move further: one field solved for wrong axes that the same fields move."""
+    groups: dict[tuple[Path, ...], list[Axis]] = {}
+    for axis in wrong(point.shapes, task.target):
+        groups.setdefault(movers(task, point, axis), []).append(axis)
+    groups.pop((), None)
+    for name, axes in choose(groups):
+        for peers in asks(task, point, name, axes):
+            effect = here_and_now(task, point, name, peers[0])
+            edits = solve(task, point, effect, peers)
+            if edits:
+                config = put(point.config, edits)
+                step = max(abs(value - get(point.config, leaf)) for leaf, value in edits.items())
+                yield Point(
+                    config,
+                    task.build(config) or predicted(point, effect, edits),
+                    point.used | {name},
+                    tuple(sorted((*point.steps, float(step)), reverse=True)),
+                )
 
 
-def against(base: Shapes, target: Shapes, effect: Effect, pivot: Axis, point: Point, edits) -> bool:
-    """Whether a count would grow where its axis has shrunk, only to make up for another field."""
-    leaf, slope = effect[pivot]
-    step = edits[leaf] - get(point.config, leaf)
-    return isinstance(edits[leaf], int) and step * slope * off(base, target, pivot) < 0
+def narrowest(groups: dict[tuple[Path, ...], list[Axis]]) -> list[tuple[Path, list[Axis]]]:
+    """The axes with the fewest fields, once for each of these."""
+    names = min(groups, key=len, default=())
+    return [(name, groups[names]) for name in names]
 
 
-def narrowest(moving: dict[Axis, tuple[Path, ...]]) -> list[tuple[Path, Axis]]:
-    """The fields of the one axis that has the fewest."""
-    pivot = min(moving, key=lambda axis: len(moving[axis]), default=None)
-    return [(name, pivot) for name in moving.get(pivot, ())]
+def every(groups: dict[tuple[Path, ...], list[Axis]]) -> list[tuple[Path, list[Axis]]]:
+    return [(name, axes) for names, axes in groups.items() for name in names]
 
 
-def every(moving: dict[Axis, tuple[Path, ...]]) -> list[tuple[Path, Axis]]:
-    return [(name, axis) for axis, names in moving.items() for name in names]
+def asks(task: Task, point: Point, name: Path, axes: list[Axis]) -> list[list[Axis]]:
+    """`axes` to solve together: those that agree for one number; for a list of numbers all, and
+    then those of its other leaves that have no right axis.
+    """
+    effect = task.known[name]
+    if len({leaf for leaf, _ in effect.values()}) > 1:
+        missed = wrong(point.shapes, task.target)
+        right = {effect[axis][0] for axis in effect.keys() - set(missed)}
+        return [axes + [a for a in missed if a in effect and effect[a][0] not in right]]
+    agree: dict[tuple[int, int], list[Axis]] = {}
+    for axis in axes:
+        agree.setdefault((size(point.shapes, axis), size(task.target, axis)), []).append(axis)
+    return sorted(agree.values(), key=len, reverse=True)[:ASKS]
+
+
+def here_and_now(task: Task, point: Point, name: Path, axis: Axis) -> Effect:
+    """A field's effect; found anew where another field has moved the axis (heads times width)."""
+    touched = any(axis in task.known[other] for other in point.used)
+    if not touched or task.build(point.config) is None:
+        return task.known[name]
+    return probe(task.build, point.config, families(point.config)[name])
 
 
 def predicted(point: Point, effect: Effect, edits: Mapping[Path, float]) -> Shapes:
@@ -116,45 +155,50 @@ def predicted(point: Point, effect: Effect, edits: Mapping[Path, float]) -> Shap
     return {path: tuple(shape) for path, shape in shapes.items()}
 
 
-def solve(build: Build, point: Point, target: Shapes, effect: Effect, pivot: Axis) -> dict | None:
-    """Values of a field's leaves that bring their wrong axes to `target`: {leaf: value}, or None.
+def solve(task: Task, point: Point, effect: Effect, axes: list[Axis]) -> dict | None:
+    """Values of a field's leaves that bring `axes` to the target: {leaf: value}, or None.
 
-    `pivot` decides for its own leaf, the first wrong axis for each other one. A field that rounds
-    may want half an entry more or less than the line says, or a second line through the new point.
+    A leaf with several axes follows the first. A field that rounds may want half an entry more or
+    less than the line says, or a second line through the new point.
     """
-    axes = {effect[pivot][0]: pivot}
-    for axis in wrong(point.shapes, target):
-        if axis in effect:
-            axes.setdefault(effect[axis][0], axis)
+    missed = {leaf: axis for axis in reversed(axes) if axis in effect for leaf in [effect[axis][0]]}
     edits: dict[Path, int | float] = {}
-    shapes, missed = point.shapes, axes
-    for nudge in (0, HALF, -HALF, None, None):
+    shapes = point.shapes
+    for nudge in (0, HALF, -HALF, None, None) if missed else ():
         last = (put(point.config, edits), shapes)
         for leaf, axis in missed.items():
-            edits[leaf] = on_line(point, last, target, leaf, axis, effect[axis][1], nudge)
-        if any(value <= 0 for value in edits.values()):
+            edits[leaf] = on_line(task, point, last, leaf, axis, effect[axis][1], nudge)
+        if any(value <= 0 or against(task, point, effect, axes, edits) for value in edits.values()):
             return None
-        shapes = build(put(point.config, edits))
+        shapes = task.build(put(point.config, edits))
         if shapes is None:  # not valid alone; perhaps with another field, so go on by prediction
             return edits
-        if moved(target, shapes) is None:
+        if moved(task.target, shapes) is None:
             return None
-        missed = {leaf: axis for leaf, axis in missed.items() if off(shapes, target, axis)}
+        missed = {leaf: axis for leaf, axis in missed.items() if off(shapes, task.target, axis)}
         if not missed:
             return edits
     return None
 
 
-def on_line(point: Point, last, target: Shapes, leaf: Path, axis: Axis, slope, nudge):
+def on_line(task: Task, point: Point, last, leaf: Path, axis: Axis, slope: Fraction, nudge):
     """The value of `leaf` at which `axis` has its target, `nudge` entries beside; None: secant."""
     start = get(point.config, leaf)
     if nudge is None:
         config, shapes = last
         run = Fraction(get(config, leaf)) - Fraction(start)
         slope = Fraction(size(shapes, axis) - size(point.shapes, axis)) / run if run else slope
-    ask = size(target, axis) - size(point.shapes, axis) + (nudge or 0)
+    ask = off(point.shapes, task.target, axis) + (nudge or 0)
     exact = Fraction(start) + (ask / slope if slope else 0)
     return float(exact) if isinstance(start, float) else round(exact)
+
+
+def against(task: Task, point: Point, effect: Effect, axes: list[Axis], edits) -> bool:
+    """Whether a count would grow where its axis has shrunk, only to make up for another field."""
+    leaf, slope = effect[axes[0]]
+    step = edits.get(leaf, 0) - get(point.config, leaf)
+    shrunk = off(task.build(task.start), task.target, axes[0])
+    return isinstance(edits.get(leaf), int) and step * slope * shrunk < 0
 
 
 def size(shapes: Shapes, axis: Axis) -> int:
@@ -165,22 +209,22 @@ def off(shapes: Shapes, target: Shapes, axis: Axis) -> int:
     return size(target, axis) - size(shapes, axis)
 
 
-def proven(build: Build, point: Point, original: dict, target: Shapes) -> Iterator[dict]:
+def proven(task: Task, point: Point) -> Iterator[dict]:
     """The configs of a point that build: its own, or else, at a goal, with a smaller count in it.
 
     A count that sets no shape may keep the goal from building: experts per token, groups. It is
     cut to a changed number, or to what divides it.
     """
-    if build(point.config) is not None:
+    if task.build(point.config) is not None:
         yield point.config
-    elif point.shapes == target:
-        values = dict(numbers(point.config))
-        changed = {value for leaf, value in values.items() if value != get(original, leaf)}
-        for leaf, value in values.items():
-            if isinstance(value, int) and value > 1 and value == get(original, leaf):
-                whole = [new for new in changed if isinstance(new, int)]
-                for less in sorted({f(value, new) for f in (min, gcd) for new in whole} - {value}):
-                    yield from filter(build, [put(point.config, {leaf: less})])
+    elif point.shapes == task.target:
+        counts = {leaf: v for leaf, v in numbers(point.config) if isinstance(v, int)}
+        kept = {leaf: v for leaf, v in counts.items() if v == get(task.start, leaf)}
+        changed = {v for leaf, v in counts.items() if leaf not in kept}
+        for leaf, value in kept.items():
+            for less in sorted({f(value, new) for f in (min, gcd) for new in changed} - {value}):
+                config = put(point.config, {leaf: less})
+                yield from [config] if task.build(config) else []
 
 
 def scaled(build: Build, config: dict, original: dict, target: Shapes) -> Iterator[dict]:

@@ -321,9 +321,7 @@ def test_a_text_shorter_than_one_sequence_says_how_long_it_is(tmp_path, tokenize
 def test_a_chat_template_that_refuses_is_named(tmp_path, tokenizer):
     records = [{"messages": [{"role": "system", "content": "a"}]}] * 2
     path = write(tmp_path / "test.jsonl", records)
-    message = (
-        r"test.jsonl: record 1 does not pass the chat template \(Roles .* not .* \.\.\.\)"
-    )
+    message = r"test.jsonl: record 1 does not pass the chat template \(Roles .* not .* \.\.\.\)"
     with pytest.raises(InputError, match=message) as caught:
         load_windows(path, "evaluation", tokenizer, length=4, count=1)
     assert "\n" not in str(caught.value)

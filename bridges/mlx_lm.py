@@ -1,0 +1,215 @@
+"""The bridge to mlx-lm: open a checkpoint folder without reading its weights, build stock models.
+
+Nothing in the folder is executed unless `trust_remote_code` says so. Weights come lazily and fresh
+at every `fetch`, so whoever drops them frees the memory.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import InputError
+from ..graph import Graph, trace
+
+NUMERICS_KEYS = ("quantization", "quantization_config")
+
+
+@dataclass
+class LanguageModel:
+    """A checkpoint folder. `config` is without quantisation; `notes` say what was changed."""
+
+    path: Path
+    config: dict
+    trust_remote_code: bool = False
+    notes: list[str] = field(default_factory=list)
+    _weights: dict[str, mx.array] = field(default_factory=dict, repr=False)
+    _paths: frozenset[str] = frozenset()
+    _absent: frozenset[str] = frozenset()
+
+    def module(self) -> nn.Module:
+        """The stock model of this folder, dequantised, with lazy weights."""
+        with _one_line(self.path):
+            return _load(self.path, self.trust_remote_code)[0]
+
+    def fetch(self, paths: Iterable[str]) -> dict[str, mx.array]:
+        """Parameters by path, not yet read; each is handed out once and then opened anew."""
+        paths = list(paths)
+        if not self._weights.keys() >= set(paths):
+            self._weights = dict(tree_flatten(self.module().parameters()))
+        return {path: self._weights.pop(path) for path in paths}
+
+    def build(self, config: dict | None = None) -> nn.Module:
+        """The stock model of a config, with random weights that are not evaluated."""
+        config = copy.deepcopy(self.config if config is None else config)
+        model_class, args_class = _classes(self.path, config, self.trust_remote_code)
+        return model_class(args_class.from_dict(config)).eval()
+
+    def shapes_of(self, config: dict) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter of the model that stock mlx-lm makes of a config."""
+        shapes = {p: v.shape for p, v in tree_flatten(self.build(config).parameters())}
+        return {path: shape for path, shape in shapes.items() if path not in self._absent}
+
+    def optional_fields(self) -> list[tuple[str, ...]]:
+        """Declared config fields that are left out or None, such as `head_dim`."""
+        _, args_class = _classes(self.path, self.config, self.trust_remote_code)
+        return [
+            (f.name,)
+            for f in dataclasses.fields(args_class)
+            if self.config.get(f.name) is None and f.default is None
+        ]
+
+    def trace(self, tokens: mx.array, *, dtype: mx.Dtype | None = None) -> Graph:
+        """The graph of this model at the shape of `tokens` [B, T], logits as its one output."""
+        return trace_logits(self.module(), tokens, dtype=dtype)
+
+    def tokenizer(self):
+        """mlx-lm's tokenizer of this folder. Raises `InputError` when it has none."""
+        from mlx_lm.utils import load_tokenizer
+
+        with _one_line(self.path):
+            return load_tokenizer(self.path, {"trust_remote_code": self.trust_remote_code})
+
+
+def open_model(name: str | Path, *, trust_remote_code: bool = False) -> LanguageModel:
+    """Open a folder, or a repository of the Hugging Face hub by its name.
+
+    Checks what can be checked without reading weights. Raises `InputError`, in one line, for a
+    missing folder, config or weights, damaged JSON or safetensors, an unknown architecture, or a
+    config that asks for code from the folder.
+    """
+    path = _locate(name)
+    raw = read_config(path)
+    _check_code(path, raw, trust_remote_code)
+    _check_weights(path)
+    with _one_line(path):
+        module, config = _load(path, trust_remote_code)
+    notes = []
+    if any(key in config for key in NUMERICS_KEYS):
+        bits = (config.get("quantization") or {}).get("bits")
+        notes.append(f"{path} is quantised{f' to {bits} bits' if bits else ''}: dequantised first")
+    config = {k: v for k, v in config.items() if k not in NUMERICS_KEYS}
+    model = LanguageModel(path, config, trust_remote_code, notes)
+    paths = frozenset(p for p, _ in tree_flatten(module.parameters()))
+    built = frozenset(p for p, _ in tree_flatten(model.build().parameters()))
+    return dataclasses.replace(model, _paths=paths, _absent=built - paths)
+
+
+def read_config(path: Path) -> dict:
+    """The folder's config.json. Raises `InputError` when it is missing or damaged."""
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: has no config.json; it is not a model folder.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path / 'config.json'}: not valid JSON ({error}).") from error
+
+
+def trace_logits(module: nn.Module, tokens: mx.array, *, dtype=None) -> Graph:
+    """Trace a language model to its logits; some return more than those."""
+
+    def first(out):
+        return out if isinstance(out, mx.array) else first(out[0])
+
+    graph = trace(module, tokens, dtype=dtype)
+    logits = graph.outputs[0]
+    return graph if len(graph.outputs) == 1 else dataclasses.replace(graph, outputs=(logits,))
+
+
+def _load(path: Path, trust_remote_code: bool) -> tuple[nn.Module, dict]:
+    from mlx_lm.utils import dequantize_model, load_model
+
+    model, config = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+    if any(key in config for key in NUMERICS_KEYS):
+        model = dequantize_model(model)
+    return model, config
+
+
+def _classes(path: Path, config: dict, trust_remote_code: bool):
+    from mlx_lm.utils import _get_classes
+
+    if config.get("model_file") is None:
+        return _get_classes(config)
+    _check_code(path, config, trust_remote_code)
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("custom_model", path / config["model_file"])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Model, module.ModelArgs
+
+
+def _check_code(path: Path, config: dict, trust_remote_code: bool) -> None:
+    for key in ("model_file", "auto_map"):
+        if config.get(key) and not trust_remote_code:
+            if key == "auto_map" and _is_known(config):
+                continue
+            raise InputError(
+                f"{path}: its config asks to run code from the folder ({key}: {config[key]!r}); "
+                "pass --trust-remote-code if you trust it."
+            )
+
+
+def _is_known(config: dict) -> bool:
+    """Whether mlx-lm has the architecture itself, so that the folder's own code is not needed."""
+    from mlx_lm.utils import _get_classes
+
+    try:
+        _get_classes(config)
+    except (ValueError, KeyError):
+        return False
+    return True
+
+
+def _locate(name: str | Path) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    parts = str(name).split("/")
+    if path.exists() or len(parts) != 2 or str(name).startswith((".", "/", "~")):
+        raise InputError(f"--model {name}: no such folder.")
+    from mlx_lm.utils import _download
+
+    try:
+        return Path(_download(str(name)))
+    except Exception as error:  # the hub's client raises many kinds
+        reason = type(error).__name__
+        raise InputError(
+            f"--model {name}: no such folder, and it could not be fetched from the hub ({reason})."
+        ) from error
+
+
+def _check_weights(path: Path) -> None:
+    """Read the header of each weight file; a truncated one shows there."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        raise InputError(f"{path}: has no model*.safetensors; other formats are not read.")
+    for file in files:
+        try:
+            with safe_open(str(file), framework="numpy") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: damaged or truncated ({error}).") from error
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Turn what mlx-lm and transformers raise for a bad folder into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(f"{path / 'config.json'}: has no {error.args[0]!r}.") from error
+    except (ValueError, TypeError, RuntimeError, OSError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: {reason}") from error
