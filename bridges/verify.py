@@ -11,9 +11,10 @@ import numpy as np
 
 
 def main(folder: str, tokens: str, logits: str) -> None:
+    from pathlib import Path
+
     import mlx.core as mx
     from mlx_lm.utils import load_model
-    from pathlib import Path
 
     model, _ = load_model(Path(folder))
     out = model(mx.array(np.load(tokens)))

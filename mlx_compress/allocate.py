@@ -16,44 +16,11 @@ import numpy as np
 from .axes import Dimension, NamedAxes
 from .errors import InputError
 from .importance import Scores
+from .options import Options
 from .plan import Cut, PrunePlan
-from .roles import KINDS
 
-DEFAULT_KINDS = ("channels", "heads")
 COARSE = 64  # a dimension with fewer units than this cannot follow a target closely
 Counts = dict[str, int]
-
-
-@dataclass(frozen=True)
-class AllocateConfig:
-    """What to remove.
-
-    `pruning_ratio` is the fraction of units to remove along each dimension (0-1, exclusive);
-    `params` the fraction of block parameters to keep; exactly one is given. `dims` are the kinds
-    of dimension to prune; `ignored_layers` glob patterns of names or parameter paths to leave
-    alone; `round_to` makes counts multiples of it; `global_pruning` ranks across layers.
-    """
-
-    pruning_ratio: float | None = None
-    params: float | None = None
-    dims: tuple[str, ...] = DEFAULT_KINDS
-    ignored_layers: tuple[str, ...] = ()
-    round_to: int = 1
-    global_pruning: bool = False
-
-    def __post_init__(self):
-        given = {"--pruning-ratio": self.pruning_ratio, "--target params": self.params}
-        set_ones = {name: value for name, value in given.items() if value is not None}
-        if len(set_ones) != 1:
-            raise InputError("give exactly one of --pruning-ratio and --target.")
-        for name, value in set_ones.items():
-            if not 0 < value < 1:
-                raise InputError(f"{name} {value:g}: must lie between 0 and 1, both excluded.")
-        if self.round_to < 1:
-            raise InputError(f"--round-to {self.round_to}: must be at least 1.")
-        for kind in self.dims:
-            if kind not in KINDS:
-                raise InputError(f"--dims {kind}: unknown; choose from {', '.join(KINDS)}.")
 
 
 @dataclass
@@ -64,20 +31,20 @@ class Request:
     notes: list[str] = field(default_factory=list)
 
 
-def prunable(named: NamedAxes, config: AllocateConfig) -> list[Dimension]:
-    """The dimensions that a config selects. Raises `InputError` when there are none."""
-    for pattern in config.ignored_layers:
+def prunable(named: NamedAxes, options: Options) -> list[Dimension]:
+    """The dimensions that `options` select. Raises `InputError` when there are none."""
+    for pattern in options.ignored_layers:
         if not any(_matches(d, (pattern,)) for d in named.dimensions.values()):
             raise InputError(f"--ignored-layers {pattern}: matches no dimension and no parameter.")
     chosen = [
         d
-        for d in named.free(config.dims)
-        if d.size > 1 and not _matches(d, config.ignored_layers)
+        for d in named.free(options.dims)
+        if d.size > 1 and not _matches(d, options.ignored_layers)
     ]
     if not chosen:
         kinds = sorted({d.kind for d in named.free()})
         raise InputError(
-            f"nothing to prune: no free dimension of kind {', '.join(config.dims)} is left; "
+            f"nothing to prune: no free dimension of kind {', '.join(options.dims)} is left; "
             f"this model has {', '.join(kinds) or 'none at all'}."
         )
     return chosen
@@ -88,14 +55,14 @@ def family(dim: Dimension) -> tuple[str, int]:
     return re.sub(r"\d+", "*", dim.name), dim.size
 
 
-def request(named: NamedAxes, dims: list[Dimension], config: AllocateConfig) -> Request:
+def request(named: NamedAxes, dims: list[Dimension], options: Options) -> Request:
     """The counts to keep, uniform within a family. `InputError` if a dimension would be emptied."""
-    if config.pruning_ratio is not None:
-        wanted = Request({})
+    if options.pruning_ratio is not None:
+        wanted, ratio = Request({}), options.pruning_ratio
         for d in dims:
-            _note(wanted, d, _kept(d, config.pruning_ratio, config.round_to), config.pruning_ratio)
+            _note(wanted, d, _kept(d, ratio, options.round_to), ratio)
         return wanted
-    return _for_target(named, dims, config)
+    return _for_target(named, dims, options)
 
 
 def _kept(dim: Dimension, ratio: float, round_to: int) -> int:
@@ -119,19 +86,19 @@ def _note(wanted: Request, dim: Dimension, kept: int, ratio: float) -> None:
             wanted.notes.append(note)
 
 
-def _for_target(named: NamedAxes, dims: list[Dimension], config: AllocateConfig) -> Request:
+def _for_target(named: NamedAxes, dims: list[Dimension], options: Options) -> Request:
     """Coarse dimensions take the target's ratio, rounded; fine ones make up the difference."""
     total = block_parameters(named)
-    goal = config.params * total
+    goal = options.params * total
     wanted = Request({})
     fine = [d for d in dims if d.size >= COARSE] or dims
     for d in dims:
         if d not in fine:
-            kept = max(1, _kept_or_none(d, 1 - config.params, config.round_to))
-            _note(wanted, d, kept, 1 - config.params)
+            kept = max(1, _kept_or_none(d, 1 - options.params, options.round_to))
+            _note(wanted, d, kept, 1 - options.params)
 
     def at(ratio: float) -> Counts:
-        kept = {d.name: max(1, _kept_or_none(d, ratio, config.round_to)) for d in fine}
+        kept = {d.name: max(1, _kept_or_none(d, ratio, options.round_to)) for d in fine}
         return wanted.counts | kept
 
     low, high = 0.0, 1.0
@@ -141,13 +108,13 @@ def _for_target(named: NamedAxes, dims: list[Dimension], config: AllocateConfig)
             low = middle
         else:
             high = middle
-    options = [at(low), at(high)]
-    best = min(options, key=lambda counts: abs(block_parameters(named, counts) - goal))
+    reachable = [at(low), at(high)]
+    best = min(reachable, key=lambda counts: abs(block_parameters(named, counts) - goal))
     reached = block_parameters(named, best) / total
-    if abs(reached - config.params) > 0.02:
+    if abs(reached - options.params) > 0.02:
         least = block_parameters(named, {**wanted.counts, **{d.name: 1 for d in fine}}) / total
         wanted.notes.append(
-            f"--target params={config.params:g}: the nearest that these dimensions can reach is "
+            f"--target params={options.params:g}: the nearest that these dimensions can reach is "
             f"{reached:.3f} (least: {least:.3f})"
         )
     wanted.counts = best
@@ -174,12 +141,12 @@ def block_parameters(named: NamedAxes, counts: Mapping[str, int] | None = None) 
 
 def choose(
     named: NamedAxes, dims: Iterable[Dimension], scores: Scores, wanted: Request,
-    config: AllocateConfig, recipe: Mapping[str, object] | None = None,
+    options: Options, recipe: Mapping[str, object] | None = None,
 ) -> PrunePlan:  # fmt: skip
     """Keep the units with the highest scores; ties go to the lower index."""
     counts = dict(wanted.counts)
-    if config.global_pruning:
-        counts |= _global_counts(list(dims), scores, counts, config.round_to)
+    if options.global_pruning:
+        counts |= _global_counts(list(dims), scores, counts, options.round_to)
     cuts = {}
     for d in dims:
         if counts[d.name] < d.size:

@@ -104,7 +104,7 @@ class NamedAxes:
         return {}
 
     def coordinates(self, path: str) -> list[dict[str, np.ndarray]]:
-        """For each axis of a parameter: per dimension, the unit that each slot belongs to, or -1."""
+        """For each axis of a parameter, `units_along` it."""
         if path not in self._coordinates:
             self._coordinates[path] = [self.units_along(axis) for axis in self.axes_of(path)]
         return self._coordinates[path]

@@ -121,7 +121,7 @@ def calibrate(
 
     def on_taps(b: int, values: dict[int, mx.array]) -> None:
         index.remember(b, values)
-        for key, place in places.items():
+        for place in places.values():
             if place.value in values:
                 _add_moments(statistics, place, values[place.value], index.of(b, place))
 

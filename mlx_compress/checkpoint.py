@@ -94,8 +94,8 @@ def write_weights(
     shards = _shards(named, plan, names, dtypes)
     index, total = {}, 0
     for number, paths in enumerate(shards, start=1):
-        many = len(shards) > 1
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"model{part}.safetensors"
         arrays = fetch(paths)
         shard = {names[p]: prune_array(arrays.pop(p), picks(named, plan, p)) for p in paths}
         mx.save_safetensors(str(folder / file), shard, metadata={"format": "mlx"})

@@ -15,12 +15,11 @@ from .axes import NamedAxes
 from .dims import Axis, Dim, factors, find, is_wild, size_of
 from .errors import InputError
 from .execute import window
-from .graph import Graph, Node, Value
+from .graph import SHAPE_ONLY, Graph, Node, Value
 from .plan import PrunePlan
 from .prune import check_plan
 
 Wild = dict[Dim, int]
-SHAPE_ONLY = {"Squeeze", "ExpandDims", "Reshape", "Flatten", "Unflatten", "Transpose", "Broadcast"}
 
 
 def edit_graph(

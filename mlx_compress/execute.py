@@ -122,9 +122,15 @@ def _bitwise(x, a, out):
 
 
 def window(size: int, start: int, end: int, stride: int) -> slice:
-    """MLX's slice of an axis as Python's: negative bounds count from the end, as in NumPy."""
-    start, end = (bound + size if bound < 0 else bound for bound in (start, end))
-    return slice(max(start, 0), end if end >= 0 else None, stride)
+    """MLX's slice of an axis as Python's.
+
+    The start is a position; it is -1 or less where a reversed slice is empty. A negative end
+    counts from the end of the axis, and may lie before its start.
+    """
+    end = end + size if end < 0 else end
+    if stride > 0:
+        return slice(start, max(end, 0), stride)
+    return slice(start, end if end >= 0 else None, stride) if start >= 0 else slice(0, 0, stride)
 
 
 def _windows(array, start, end, stride) -> tuple[slice, ...]:
@@ -174,17 +180,23 @@ def _gather_axis(x, a, out):
 
 
 def _scatter(x, a, out):
+    """Updates [indices..., window...], put where the indices say that each window starts."""
     code, axes = a
-    source, indices, updates = x[0], mx.broadcast_arrays(*x[1:-1]), x[-1]
-    rest = [k for k in range(source.ndim) if k not in axes]
-    order = [*axes, *rest]
+    source, starts, updates = x[0], x[1:-1], x[-1]
+    lead, order = updates.ndim - source.ndim, [*axes]
+    order += [k for k in range(source.ndim) if k not in axes]
     moved = mx.transpose(source, order)
-    updates = mx.reshape(updates, (*indices[0].shape, *(source.shape[k] for k in rest)))
+    updates = mx.transpose(updates, [*range(lead), *(lead + k for k in order)])
+    steps = mx.meshgrid(*map(mx.arange, updates.shape[lead : lead + len(axes)]), indexing="ij")
+    where = tuple(
+        mx.reshape(start, (*start.shape, *[1] * len(axes))) + step
+        for start, step in zip(starts, steps, strict=True)
+    )
     if code < len(UPDATES):
-        moved = getattr(moved.at[tuple(indices)], UPDATES[code])(updates)
+        moved = getattr(moved.at[where], UPDATES[code])(updates)
     else:
         moved = mx.array(moved)
-        moved[tuple(indices)] = updates
+        moved[where] = updates
     return mx.transpose(moved, [order.index(k) for k in range(source.ndim)])
 
 

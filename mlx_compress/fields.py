@@ -219,9 +219,10 @@ def clash(build: Build, config: dict, target: Shapes, axis: Axis) -> str | None:
             for other, (mover, slope) in effect.items()
             if mover == leaf
         }
-        if len(values) > 1 and all(value.denominator == 1 for value in values):
-            listed = ", ".join(str(value) for value in sorted(values))
-            return f"{spell(leaf)} would have to be {listed} at once"
+        if len(values) > 1 and all(v > 0 and v.denominator == 1 for v in values):
+            listed = [str(value) for value in sorted(values)]
+            many = ["...", listed[-1]] if len(listed) > 4 else listed[3:]
+            return f"{spell(leaf)} would have to be {', '.join(listed[:3] + many)} at once"
     return None
 
 

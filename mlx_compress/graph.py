@@ -96,9 +96,22 @@ def trace(
     return _read(records, count, paths)
 
 
+SHAPE_ONLY = frozenset(
+    ("Broadcast", "ExpandDims", "Flatten", "Reshape", "Squeeze", "Transpose", "Unflatten")
+)
+
+
 def signature(graph: Graph) -> list[tuple]:
-    """What two traces of the same computation share: each primitive with its output shapes."""
-    return [(n.op, *(graph.values[out].shape for out in n.outputs)) for n in graph.nodes]
+    """What two spellings of one computation share: its primitives and their output shapes.
+
+    Left out is what only moves or views data, and axes of size 1, as code may take another path
+    to the same arithmetic (one query head per KV head needs no groups).
+    """
+
+    def shape(value: int) -> tuple[int, ...]:
+        return tuple(n for n in graph.values[value].shape if n != 1)
+
+    return [(n.op, *map(shape, n.outputs)) for n in graph.nodes if n.op not in SHAPE_ONLY]
 
 
 def with_outputs(graph: Graph, outputs: Sequence[int]) -> Graph:

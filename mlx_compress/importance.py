@@ -5,7 +5,7 @@ gradients. Scores of a dimension are float64, [units], or [units of the outer on
 dimension that is chosen anew within another.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,7 +13,6 @@ import numpy as np
 
 from .axes import Dimension, NamedAxes
 from .calibrate import Contraction, Moments, Statistics, consumers
-from .dims import Axis
 from .errors import InputError
 from .stream import Fetch
 
@@ -99,13 +98,6 @@ NEEDS_DATA = {"activation", "wanda", "taylor"}
 NEEDS_GRADIENTS = {"taylor"}
 
 
-def check_importance(name: str) -> str:
-    """The name of a criterion; `InputError` lists the known ones."""
-    if name not in CRITERIA:
-        raise InputError(f"--importance {name}: unknown; choose one of {', '.join(CRITERIA)}.")
-    return name
-
-
 def unit_sums(
     named: NamedAxes, dim: Dimension, axes: list[dict[str, np.ndarray]], array: np.ndarray
 ) -> np.ndarray:
@@ -180,17 +172,13 @@ def _over_contractions(
 
 
 def _placed(named: NamedAxes, dim: Dimension, place: Contraction, array: np.ndarray):
-    axes = [_units(named, place.axis)]
+    axes = [named.units_along(place.axis)]
     if place.experts is None:
         return axes, array
-    experts = _units(named, place.expert_axis)
+    experts = named.units_along(place.expert_axis)
     if dim.within in experts or dim.name in experts:
         return [experts, *axes], array
     return axes, array.sum(axis=0)
-
-
-def _units(named: NamedAxes, axis: Axis) -> dict[str, np.ndarray]:
-    return named.units_along(axis)
 
 
 def _absolute_sums(sources: Sources, place: Contraction) -> np.ndarray:

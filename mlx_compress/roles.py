@@ -18,8 +18,6 @@ from .axis_rules import Inference
 from .dims import Axis, Dim, factors, is_wild, leaves, size_of
 from .graph import Graph, Node
 
-KINDS = ("channels", "heads", "query_heads", "head_dim", "experts", "width")
-
 
 @dataclass
 class Roles:

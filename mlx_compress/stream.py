@@ -63,8 +63,9 @@ def stream_forward(
     """Run every batch through `graph`.
 
     `fetch(paths)` gives parameters, fresh from disk; they are cast to the graph's dtypes. `on_taps`
-    gets, for each batch and segment, the tapped values computed there. `on_outputs` gets a batch's outputs. With
-    `keep`, returns for each segment and batch the values that it read, for `stream_backward`.
+    gets, for each batch and segment, the tapped values computed there; `on_outputs` a batch's
+    outputs. With `keep`, returns for each segment and batch the values that it read, which
+    `stream_backward` takes.
     """
     pieces, wanted = segments(graph), set(taps)
     carried = [dict(zip(graph.inputs, batch, strict=True)) for batch in batches]

@@ -1,0 +1,144 @@
+"""What a stock config can express, asked before the work begins.
+
+A request for counts is tried as it stands. Where no config gives those shapes, each family of
+dimensions is tried alone and moved to the nearest count that works, or left whole; what was
+changed is said. The models built from candidate configs are traced and compared with the edited
+graph, as equal shapes alone do not mean the same computation (3 heads of 16, or 4 of 12?).
+"""
+
+from collections.abc import Iterable
+
+import mlx.core as mx
+
+from .allocate import Counts, Request, family, request
+from .axes import Dimension, NamedAxes
+from .edit import edit_graph
+from .errors import InputError
+from .fields import Inexpressible, fit_config, nearest_expressible
+from .graph import TraceError, signature
+from .options import Options
+from .plan import Cut, PrunePlan
+
+KEEP_LONGEST = ("channels", "experts", "heads", "width", "query_heads", "head_dim")
+
+
+def fitted_config(model, named: NamedAxes, plan: PrunePlan) -> dict:
+    """The config of the pruned model: same shapes, same computation.
+
+    `model` offers `config`, `shapes_of`, `optional_fields` and `build` (a `LanguageModel`). Raises
+    `fields.Inexpressible` when stock mlx-lm has none for this plan.
+    """
+    counts = {cut.name: cut.kept for cut in plan}
+    target = {path: named.sizes_after(path, counts) for path in named.graph.parameters}
+    try:
+        wanted = signature(edit_graph(named, plan))
+    except InputError:  # a ranking over a pruned dimension: only shapes can be compared
+        wanted = None
+    tokens = mx.zeros(named.graph.values[named.graph.inputs[0]].shape, mx.int32)
+
+    def accept(config: dict) -> bool:
+        from .bridges.mlx_lm import trace_logits
+
+        try:
+            graph = trace_logits(model.build(config), tokens)
+        except (TraceError, ValueError, TypeError, IndexError, ZeroDivisionError):
+            return False
+        return wanted is None or signature(graph) == wanted
+
+    return fit_config(
+        model.config, model.shapes_of, target, optional=model.optional_fields(), accept=accept
+    )
+
+
+def snap(
+    model, named: NamedAxes, dims: list[Dimension], wanted: Request, options: Options
+) -> tuple[list[Dimension], Request]:
+    """The dimensions that can be pruned, with counts that some stock config expresses.
+
+    Raises `InputError` when nothing of the request can be expressed.
+    """
+    if _works(model, named, dims, wanted.counts):
+        return dims, wanted
+    families = _families(dims)
+    moved: dict[tuple, int] = {}
+    for key, group in families.items():
+        if not _works(model, named, group, wanted.counts):
+            moved[key] = _nearest(model, named, group, wanted.counts[group[0].name])
+    whole = [key for key, count in moved.items() if count == key[1]]
+    kept = [d for d in dims if family(d) not in whole]
+    notes = [f"{name}: no stock config can shrink it alone; left whole" for name, _ in whole]
+    if not kept:
+        raise InputError(_refusal(model, options, families))
+    wanted = request(named, kept, options) if whole else wanted
+    for key, count in moved.items():
+        if key not in whole:
+            asked = wanted.counts[families[key][0].name]
+            notes.append(f"{key[0]}: {count} of {key[1]} kept, the config cannot express {asked}")
+            wanted.counts |= {d.name: count for d in families[key]}
+    kept = _jointly(model, named, kept, wanted, notes, options)
+    wanted.notes = [*wanted.notes, *notes]
+    return kept, wanted
+
+
+def _jointly(model, named, dims, wanted: Request, notes: list[str], options) -> list[Dimension]:
+    """Leave families whole, the least useful first, until the rest fits together."""
+    while not _works(model, named, dims, wanted.counts):
+        families = _families(dims)
+        if len(families) == 1:
+            raise InputError(_refusal(model, options, families))
+        worst = max(families, key=lambda key: KEEP_LONGEST.index(families[key][0].kind))
+        notes.append(f"{worst[0]}: no stock config can shrink it with the others; left whole")
+        dims = [d for d in dims if family(d) != worst]
+        wanted.counts = {d.name: wanted.counts[d.name] for d in dims}
+    return dims
+
+
+def _refusal(model, options: Options, families: Iterable[tuple]) -> str:
+    names = ", ".join(name for name, _ in families)
+    kind = model.config.get("model_type")
+    return (
+        f"no config of {kind!r} in stock mlx-lm can express smaller {names}; choose other "
+        f"dimensions with --dims (now {','.join(options.dims)})."
+    )
+
+
+def _works(model, named: NamedAxes, dims: list[Dimension], counts: Counts) -> bool:
+    try:
+        fitted_config(model, named, stand_in(named, {d.name: counts[d.name] for d in dims}))
+    except Inexpressible:
+        return False
+    return True
+
+
+def stand_in(named: NamedAxes, counts: Counts) -> PrunePlan:
+    """A plan with the given counts that keeps the first units of each dimension."""
+    cuts = {}
+    for name, count in counts.items():
+        d = named.dimensions[name]
+        if count < d.size:
+            row = list(range(count))
+            keep = [row] * named.dimensions[d.within].size if d.within else row
+            cuts[name] = Cut(name, d.kind, d.size, keep, d.within, d.slots)
+    return PrunePlan(cuts)
+
+
+def _families(dims: Iterable[Dimension]) -> dict[tuple, list[Dimension]]:
+    out: dict[tuple, list[Dimension]] = {}
+    for d in dims:
+        out.setdefault(family(d), []).append(d)
+    return out
+
+
+def _nearest(model, named: NamedAxes, group: list[Dimension], count: int) -> int:
+    slots = []
+    for d in group:
+        less = {d.name: d.size - 1}
+        for path, axis in dict.fromkeys(d.slots):
+            full = named.graph.shapes()[path][axis]
+            slots.append((path, axis, full - named.sizes_after(path, less)[axis]))
+    size = group[0].size
+    near = nearest_expressible(
+        model.config, model.shapes_of, slots, size, count, optional=model.optional_fields()
+    )
+    works = near < size and _works(model, named, group, {d.name: near for d in group})
+    return near if works else size

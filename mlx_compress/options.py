@@ -1,0 +1,70 @@
+"""The choices of a run, with their defaults: the only place where a default is written.
+
+Light on purpose: the command line reads this for its help and imports nothing else.
+"""
+
+from dataclasses import dataclass
+
+from .errors import InputError
+
+KINDS = ("channels", "heads", "query_heads", "head_dim", "experts", "width")
+LAYER_KINDS = ("layers", "attention", "mlp")
+IMPORTANCES = ("random", "magnitude", "activation", "wanda", "taylor")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to prune and how to measure.
+
+    `pruning_ratio` is the fraction of units removed along each prunable dimension, `params` the
+    fraction of block parameters (all but embeddings and head) to keep; one of the two is given.
+    `dims` are the kinds of dimension to prune, `ignored_layers` glob patterns of dimension or
+    parameter names to leave alone, `round_to` a step for the counts that are kept.
+    Calibration reads `calibration_samples` windows of `max_seq_length` tokens, evaluation
+    `eval_samples`; `batch_size` windows are computed at a time.
+    """
+
+    pruning_ratio: float | None = None
+    params: float | None = None
+    importance: str = "taylor"
+    dims: tuple[str, ...] = ("channels", "heads")
+    ignored_layers: tuple[str, ...] = ()
+    round_to: int = 1
+    global_pruning: bool = False
+    calibration_samples: int = 128
+    eval_samples: int = 128
+    max_seq_length: int = 256
+    batch_size: int = 4
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, least in (
+            ("round_to", 1), ("calibration_samples", 1), ("eval_samples", 2),
+            ("max_seq_length", 2), ("batch_size", 1),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {getattr(self, name)}: must be at least {least}.")
+        for flag, value in (("--pruning-ratio", self.pruning_ratio), ("--target", self.params)):
+            if value is not None and not 0 < value < 1:
+                raise InputError(f"{flag} {value:g}: must lie between 0 and 1, both excluded.")
+        if self.pruning_ratio is not None and self.params is not None:
+            raise InputError("--pruning-ratio and --target: give one of the two, not both.")
+        _among("--importance", (self.importance,), IMPORTANCES)
+        _among("--dims", self.dims, KINDS + LAYER_KINDS)
+
+    def require_amount(self) -> None:
+        """Raise `InputError` unless it was said how much to remove."""
+        if self.pruning_ratio is None and self.params is None:
+            raise InputError(
+                "how much to remove? Give --pruning-ratio 0.25 (of the units of each dimension) "
+                "or --target params=0.75 (of the block parameters to keep)."
+            )
+
+
+def _among(flag: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
+    for value in values:
+        if value not in known:
+            raise InputError(f"{flag} {value}: unknown; choose from {', '.join(known)}.")
+    if not values:
+        raise InputError(f"{flag}: is empty; choose from {', '.join(known)}.")
