@@ -409,7 +409,7 @@ def view(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
 
 
 def positions(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
-    return [ctx.fresh(node.outputs[0], frozen="counted positions")]
+    return [ctx.fresh(node.outputs[0], frozen="positions are counted along it")]
 
 
 def passes(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:

@@ -1,21 +1,304 @@
-"""Stand-in: the real commands replace this file."""
+"""The command line: `compress` and its steps. Options are read here, the work is `recipe.py`'s.
+
+Exit codes: 0 ok, 2 usage or bad input, 3 a check or gate failed, 4 not enough memory or disk.
+Nothing heavy is imported before a command runs, so `--help` answers at once.
+"""
+
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from .errors import exit_on_error
+from .errors import InputError, exit_on_error
+from .options import IMPORTANCES, KINDS, LAYER_KINDS, Options
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True)
+DEFAULT = Options()
+DEFAULT_DIMS = ",".join(DEFAULT.dims)
+app = typer.Typer(
+    rich_markup_mode=None, add_completion=False, no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
 
 
-@app.callback()
-def compress() -> None:
-    """Make an MLX model smaller and faster."""
+def _config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Options from a YAML file; the command line overrides them."""
+    if path is None:
+        return None
+    from .settings import read_settings
+
+    names = {p.name: p for p in ctx.command.params if p.name not in ("config", "help")}
+    ctx.default_map = {**(ctx.default_map or {}), **read_settings(path, names)}
+    return path
+
+
+Model = Annotated[
+    str, typer.Option("--model", metavar="DIR", help="Model folder, or a repository of the hub.")
+]
+MaybeModel = Annotated[
+    str | None,
+    typer.Option("--model", metavar="DIR", help="Model folder, or a repository of the hub."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--mlx-path", metavar="DIR", help="Folder to write; must not exist yet."),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", metavar="DIR",
+        help="Folder with train/valid/test .jsonl or .txt, or one such file.",
+    ),
+]  # fmt: skip
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "-c", "--config", metavar="YAML", is_eager=True, callback=_config,
+        help="Options from a file; the command line overrides them.",
+    ),
+]  # fmt: skip
+Ratio = Annotated[
+    float | None,
+    typer.Option("--pruning-ratio", metavar="R", help="Fraction of units to remove, 0-1."),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target", metavar="params=F",
+        help="Keep this fraction of the block parameters (all but embeddings and head).",
+    ),
+]  # fmt: skip
+Importance = Annotated[
+    str, typer.Option("--importance", metavar="NAME", help=f"One of {', '.join(IMPORTANCES)}.")
+]
+Dims = Annotated[
+    str,
+    typer.Option(
+        "--dims", metavar="LIST", help=f"What to prune, of {', '.join(KINDS + LAYER_KINDS)}."
+    ),
+]
+Ignored = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignored-layers", metavar="GLOB",
+        help="Leave dimensions or parameters of this name alone; may be repeated.",
+    ),
+]  # fmt: skip
+RoundTo = Annotated[
+    int, typer.Option("--round-to", metavar="N", help="Keep multiples of N units.")
+]
+Global = Annotated[
+    bool,
+    typer.Option(
+        "--global-pruning", help="Rank units across layers: a width of its own for each layer."
+    ),
+]
+Samples = Annotated[
+    int, typer.Option("--calibration-samples", metavar="N", help="Windows of text to calibrate on.")
+]
+EvalSamples = Annotated[
+    int, typer.Option("--eval-samples", metavar="N", help="Windows of text to evaluate on.")
+]
+Length = Annotated[int, typer.Option("--max-seq-length", metavar="N", help="Tokens in a window.")]
+Batch = Annotated[int, typer.Option("--batch-size", metavar="N", help="Windows at a time.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all random choices.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow code from the model folder to run.")
+]
+Plan = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan", metavar="FILE",
+        help="Apply a saved plan (or a folder's compression.json) instead of making one.",
+    ),
+]  # fmt: skip
+Carrier = Annotated[
+    str | None,
+    typer.Option(
+        "--carrier", metavar="NAME", help="Write as another architecture that can hold the plan."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback(invoke_without_command=True)
+def compress(
+    ctx: typer.Context,
+    config: Config = None,
+    model: MaybeModel = None,
+    mlx_path: Out = None,
+    data: Data = None,
+    pruning_ratio: Ratio = None,
+    target: Target = None,
+    importance: Importance = DEFAULT.importance,
+    dims: Dims = DEFAULT_DIMS,
+    ignored_layers: Ignored = None,
+    round_to: RoundTo = DEFAULT.round_to,
+    global_pruning: Global = DEFAULT.global_pruning,
+    plan: Plan = None,
+    carrier: Carrier = None,
+    calibration_samples: Samples = DEFAULT.calibration_samples,
+    eval_samples: EvalSamples = DEFAULT.eval_samples,
+    max_seq_length: Length = DEFAULT.max_seq_length,
+    batch_size: Batch = DEFAULT.batch_size,
+    seed: Seed = DEFAULT.seed,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Make an MLX model smaller and faster.
+
+    With options and no command: prune, save, verify and measure in one go. The folder that comes
+    out opens in stock mlx-lm and holds report.json and compression.json.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    options = _options(ctx.params)
+    if plan is None:
+        options.require_amount()
+    from . import jobs
+
+    jobs.compress(
+        _given("--model", model), _given("--mlx-path", mlx_path), _given("--data", data), options,
+        plan=plan, carrier=carrier, trust=trust_remote_code,
+    )  # fmt: skip
 
 
 @app.command()
-def demo() -> None:
-    """Say that the frame stands."""
-    typer.echo("the frame stands")
+def prune(
+    ctx: typer.Context,
+    model: Model,
+    config: Config = None,
+    mlx_path: Out = None,
+    data: Data = None,
+    pruning_ratio: Ratio = None,
+    target: Target = None,
+    importance: Importance = DEFAULT.importance,
+    dims: Dims = DEFAULT_DIMS,
+    ignored_layers: Ignored = None,
+    round_to: RoundTo = DEFAULT.round_to,
+    global_pruning: Global = DEFAULT.global_pruning,
+    plan: Plan = None,
+    save_plan: Annotated[
+        Path | None, typer.Option("--save-plan", metavar="FILE", help="Write the plan as JSON.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and write no model.")
+    ] = False,
+    carrier: Carrier = None,
+    calibration_samples: Samples = DEFAULT.calibration_samples,
+    max_seq_length: Length = DEFAULT.max_seq_length,
+    batch_size: Batch = DEFAULT.batch_size,
+    seed: Seed = DEFAULT.seed,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Prune and save; no evaluation. --dry-run shows the plan."""
+    options = _options(ctx.params)
+    if plan is None:
+        options.require_amount()
+    if not dry_run and mlx_path is None:
+        raise InputError("--mlx-path: name the folder to write, or give --dry-run.")
+    from . import jobs
+
+    jobs.prune(
+        model, None if dry_run else mlx_path, data, options,
+        plan=plan, save_plan=save_plan, carrier=carrier, trust=trust_remote_code, as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command("eval")
+def evaluate(
+    ctx: typer.Context,
+    model: Model,
+    data: Data = None,
+    config: Config = None,
+    dense: Annotated[
+        str | None,
+        typer.Option("--dense", metavar="DIR", help="The dense model to compare with."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write the report as JSON.")
+    ] = None,
+    eval_samples: EvalSamples = DEFAULT.eval_samples,
+    max_seq_length: Length = DEFAULT.max_seq_length,
+    batch_size: Batch = DEFAULT.batch_size,
+    seed: Seed = DEFAULT.seed,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Loss, agreement, size and speed of a model, beside its dense parent's with --dense."""
+    from . import jobs
+
+    jobs.evaluate(
+        model, dense, _given("--data", data), _options(ctx.params), output=output,
+        trust=trust_remote_code, as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
+def inspect(
+    model: Model,
+    trust_remote_code: Trust = False,
+    parameters: Annotated[
+        bool, typer.Option("--parameters", help="Also list the axes of every parameter.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """The named axes of a model: what can be pruned, and what cannot and why."""
+    from . import jobs
+
+    jobs.inspect(model, parameters=parameters, trust=trust_remote_code, as_json=as_json)
+
+
+@app.command()
+def diff(
+    left: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan, or a pruned folder.")],
+    right: Annotated[Path, typer.Argument(metavar="PLAN", help="Another one.")],
+    as_json: Json = False,
+) -> None:
+    """Which units only one of two plans keeps."""
+    from . import jobs
+
+    jobs.diff(left, right, as_json=as_json)
+
+
+@app.command()
+def demo(
+    mlx_path: Annotated[
+        Path | None,
+        typer.Option("--mlx-path", metavar="DIR", help="Keep the pruned model here."),
+    ] = None,
+) -> None:
+    """Prune the small model that comes with the package, by each criterion; needs no network."""
+    from .demo import run_demo
+
+    run_demo(mlx_path)
+
+
+def _options(params: dict) -> Options:
+    """The `Options` among a command's parameters."""
+    known = {k: v for k, v in params.items() if k in Options.__dataclass_fields__ and v is not None}
+    if isinstance(known.get("dims"), str):
+        known["dims"] = tuple(part.strip() for part in known["dims"].split(",") if part.strip())
+    known["ignored_layers"] = tuple(known.get("ignored_layers") or ())
+    if params.get("target") is not None:
+        known["params"] = _target(params["target"])
+    return Options(**known)
+
+
+def _target(text: str) -> float:
+    name, _, value = text.partition("=")
+    try:
+        if name == "params":
+            return float(value)
+    except ValueError:
+        pass
+    raise InputError(f"--target {text}: write it as params=0.75, the fraction to keep.")
+
+
+def _given(flag: str, value):
+    if value is None:
+        raise InputError(f"{flag}: is missing; see compress --help.")
+    return value
 
 
 def main() -> None:

@@ -189,7 +189,7 @@ def _merge(a: Dim, b: Dim, matches: list) -> None:
         b.segments = [y if is_wild(x) else x for x, y in pairs]
     a.segments, a.link = None, b
     for x, y in pairs:
-        _unify(x, y, matches)
+        unify(x, y, matches)
 
 
 def _cuts(segments: Sequence[Axis]) -> list[int]:

@@ -16,6 +16,7 @@ from .dims import Axis, Dim, factors, find, is_wild, size_of
 from .errors import InputError
 from .execute import window
 from .graph import SHAPE_ONLY, Graph, Node, Value
+from .layers import bypass as layer_bypass
 from .plan import PrunePlan
 from .prune import check_plan
 
@@ -27,12 +28,15 @@ def edit_graph(
 ) -> Graph:
     """The graph after pruning; it takes `prune_parameters`' arrays under the same paths.
 
-    `bypass` maps the id of a value to the one that takes its place (dropped layers); parameters
-    that only the bypassed part used are gone. Raises `InputError` for a plan of another model, or
-    when a primitive's attributes cannot follow (a ranking over a pruned dimension).
+    `bypass` maps the id of a value to the one that takes its place; without it, the plan's dropped
+    layers are bypassed. Parameters that only the bypassed part used are gone.
+
+    Raises `InputError` for a plan of another model, or when a primitive's attributes cannot follow
+    (a ranking over a pruned dimension).
     """
     check_plan(named, plan)
-    return _Editor(named, plan, dict(bypass or {})).edit()
+    places = layer_bypass(named, plan) if bypass is None else bypass
+    return _Editor(named, plan, dict(places)).edit()
 
 
 class _Editor:

@@ -14,6 +14,7 @@ from .errors import InputError
 from .probes import (
     Axis,
     Build,
+    Effect,
     Path,
     Shapes,
     effects,
@@ -26,7 +27,7 @@ from .probes import (
     spell,
 )
 from .renumber import renumbered, without_layers
-from .solve import off, scaled, search, size, wrong
+from .solve import off, scaled, search, wrong
 
 Slot = tuple[str, int, int]  # parameter path, axis, entries per unit
 
@@ -177,13 +178,21 @@ def per_layer_values(build: Build, config: dict, target: Shapes) -> dict[Path, l
     base, lists = build(config), {}
     for effect in effects(build, config).values():
         leaf = next(iter(effect.values()))[0]
-        asked = {size(target, axis) for axis in wrong(base, target) if axis in effect}
-        if len(asked) > 1 and "*" not in leaf and not any(isinstance(k, int) for k in leaf):
-            for n in lengths(base):
-                listed = [get(config, leaf)] * n
+        alone = all(isinstance(key, str) for key in leaf)
+        if alone and len(asked(config, base, target, effect, leaf)) > 1:
+            for listed in ([get(config, leaf)] * n for n in lengths(base)):
                 if build(put(config, {leaf: listed})) == base:
                     lists[leaf] = listed
     return lists
+
+
+def asked(config: dict, base: Shapes, target: Shapes, effect: Effect, leaf: Path) -> set[Fraction]:
+    """The values of `leaf` that the axes it moves ask for."""
+    return {
+        get(config, leaf) + off(base, target, axis) / slope
+        for axis, (mover, slope) in effect.items()
+        if mover == leaf
+    }
 
 
 def lengths(shapes: Shapes) -> list[int]:
@@ -211,14 +220,9 @@ def refusal(build: Build, config: dict, shapes: Shapes, target: Shapes) -> Inexp
 
 def clash(build: Build, config: dict, target: Shapes, axis: Axis) -> str | None:
     """The number of the config of which `axis` and another axis ask for different values."""
-    base = build(config)
     for effect in effects(build, config).values():
         leaf = effect[axis][0] if axis in effect else None
-        values = {
-            get(config, leaf) + off(base, target, other) / slope
-            for other, (mover, slope) in effect.items()
-            if mover == leaf
-        }
+        values = asked(config, build(config), target, effect, leaf)
         if len(values) > 1 and all(v > 0 and v.denominator == 1 for v in values):
             listed = [str(value) for value in sorted(values)]
             many = ["...", listed[-1]] if len(listed) > 4 else listed[3:]

@@ -104,14 +104,15 @@ SHAPE_ONLY = frozenset(
 def signature(graph: Graph) -> list[tuple]:
     """What two spellings of one computation share: its primitives and their output shapes.
 
-    Left out is what only moves or views data, and axes of size 1, as code may take another path
-    to the same arithmetic (one query head per KV head needs no groups).
+    Left out are casts, what only moves or views data, and axes of size 1: code may take another
+    path to the same arithmetic (one query head per KV head needs no groups).
     """
 
     def shape(value: int) -> tuple[int, ...]:
         return tuple(n for n in graph.values[value].shape if n != 1)
 
-    return [(n.op, *map(shape, n.outputs)) for n in graph.nodes if n.op not in SHAPE_ONLY]
+    plain = SHAPE_ONLY | {"AsType"}
+    return [(n.op, *map(shape, n.outputs)) for n in graph.nodes if n.op not in plain]
 
 
 def with_outputs(graph: Graph, outputs: Sequence[int]) -> Graph:

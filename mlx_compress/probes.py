@@ -16,8 +16,10 @@ Axis = tuple[str, int]  # parameter path, axis
 Effect = dict[Axis, tuple[Path, Fraction]]  # axis -> the leaf that moves it, entries per unit
 Build = Callable[[dict], Shapes | None]
 
-# Small steps that most probably stay valid; the later ones for counts that must divide another.
-INT_STEPS = (lambda v: v + 1, lambda v: 2 * v, lambda v: v - 1, lambda v: v // 2)
+# Doubling keeps what must divide, and shows through most rounding; where it does not build (a
+# count that must divide another), the others. One that builds and moves nothing settles it:
+# hidden // heads * heads moves at heads + 1, and that is no use.
+INT_STEPS = (lambda v: 2 * v, lambda v: v + 1, lambda v: v - 1, lambda v: v // 2)
 FLOAT_STEPS = (lambda v: 2.0 * v, lambda v: v / 2.0)
 TABLE = 16  # a dict of more numbers than this, and nothing else, is a table: one family
 
@@ -116,28 +118,21 @@ def effects(build: Build, config: dict) -> dict[Path, Effect]:
     """What each family of numbers of `config` moves, near its present value.
 
     Families that move nothing, or that add or drop parameters, are left out. `build` must build
-    `config`. About one build per number that matters, two per number that does not.
+    `config`. About one build per number.
     """
     found = {name: probe(build, config, leaves) for name, leaves in families(config).items()}
     return {name: effect for name, effect in found.items() if effect}
 
 
 def probe(build: Build, config: dict, leaves: Sequence[Path]) -> Effect:
-    """The axes that the leaves of one family move: none if they move none at two steps."""
+    """The axes that the leaves of one family move, at the first step that builds."""
     values = {leaf: get(config, leaf) for leaf in leaves}
     steps = FLOAT_STEPS if any(isinstance(v, float) for v in values.values()) else INT_STEPS
-    quiet = 0
     for step in steps:
         tried = {leaf: step(v) for leaf, v in values.items() if 0 < step(v) != v}
         shapes = build(put(config, tried)) if tried else None
-        if shapes is None:
-            continue
-        change = moved(build(config), shapes)
-        if change or change is None:
-            return attribute(build, config, tried) if change else {}
-        quiet += 1
-        if quiet == 2:  # one step may be lost in rounding, two are not
-            break
+        if shapes is not None:
+            return attribute(build, config, tried) if moved(build(config), shapes) else {}
     return {}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from .axes import NamedAxes
 from .dims import size_of
 from .errors import InputError
+from .layers import check_layer_cut, dropped_parameters, is_layer_cut
 from .plan import PrunePlan
 
 
@@ -29,6 +30,9 @@ class Pick:
 def check_plan(named: NamedAxes, plan: PrunePlan) -> None:
     """Raise `InputError` unless every cut names a free dimension of this model, of its size."""
     for cut in plan:
+        if is_layer_cut(cut):
+            check_layer_cut(named, cut)
+            continue
         dimension = named.dimensions.get(cut.name)
         if dimension is None:
             raise InputError(f"{cut.name}: the model has no such dimension; `inspect` lists them.")
@@ -89,29 +93,46 @@ def zero_array(named: NamedAxes, plan: PrunePlan, path: str, array: mx.array) ->
 
 
 def pruned_shapes(named: NamedAxes, plan: PrunePlan) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter after pruning."""
+    """The shape of every parameter that is left after pruning."""
+    gone = dropped_parameters(named, plan)
     return {
         path: pruned_shape(shape, picks(named, plan, path))
         for path, shape in named.graph.shapes().items()
+        if path not in gone
     }
 
 
 def prune_parameters(
     named: NamedAxes, plan: PrunePlan, parameters: Mapping[str, mx.array]
 ) -> dict[str, mx.array]:
-    """All parameters after pruning, lazy. Raises `InputError` for a plan of another model."""
+    """The parameters left after pruning, under their old paths, lazy.
+
+    Raises `InputError` for a plan of another model.
+    """
     check_plan(named, plan)
     _check_shapes(named, parameters)
-    return {path: prune_array(a, picks(named, plan, path)) for path, a in parameters.items()}
+    gone = dropped_parameters(named, plan)
+    return {
+        path: prune_array(array, picks(named, plan, path))
+        for path, array in parameters.items()
+        if path not in gone
+    }
 
 
 def zero_parameters(
     named: NamedAxes, plan: PrunePlan, parameters: Mapping[str, mx.array]
 ) -> dict[str, mx.array]:
-    """All parameters with the removed units zeroed, lazy; the oracle of `prune_parameters`."""
+    """All parameters with the removed units zeroed, lazy; the oracle of `prune_parameters`.
+
+    The parameters of dropped layers and branches are zero as a whole.
+    """
     check_plan(named, plan)
     _check_shapes(named, parameters)
-    return {path: zero_array(named, plan, path, a) for path, a in parameters.items()}
+    gone = dropped_parameters(named, plan)
+    return {
+        path: mx.zeros_like(array) if path in gone else zero_array(named, plan, path, array)
+        for path, array in parameters.items()
+    }
 
 
 def _check_shapes(named: NamedAxes, parameters: Mapping[str, mx.array]) -> None:

@@ -244,6 +244,7 @@ def compress(
     out: str | Path,
     *,
     plan: PrunePlan | None = None,
+    carrier: str | None = None,
     on_plan: Callable[[Planned], None] = lambda planned: None,
     progress: Progress = silent,
 ) -> dict:

@@ -222,7 +222,8 @@ def proven(task: Task, point: Point) -> Iterator[dict]:
         kept = {leaf: v for leaf, v in counts.items() if v == get(task.start, leaf)}
         changed = {v for leaf, v in counts.items() if leaf not in kept}
         for leaf, value in kept.items():
-            for less in sorted({f(value, new) for f in (min, gcd) for new in changed} - {value}):
+            smaller = {f(value, new) for f in (min, gcd) for new in changed} - {value}
+            for less in sorted(smaller, reverse=True):
                 config = put(point.config, {leaf: less})
                 yield from [config] if task.build(config) else []
 

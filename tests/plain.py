@@ -214,7 +214,63 @@ class Recurrent(nn.Module):
         return self.head(x)
 
 
-VOCABULARY = 13
+class SharedHeads(nn.Module):
+    """Causal attention with rotary positions; two query heads share each key-value head."""
+
+    def __init__(self, size: int, heads: int, group: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.query = nn.Linear(size, heads * group * head_dim)
+        self.key = nn.Linear(size, heads * head_dim)
+        self.value = nn.Linear(size, heads * head_dim)
+        self.out = nn.Linear(heads * group * head_dim, size)
+        self.rope = nn.RoPE(head_dim)
+
+    def __call__(self, x):
+        q, k, v = (
+            layer(x).reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
+            for layer in (self.query, self.key, self.value)
+        )
+        scale = self.head_dim**-0.5
+        y = mx.fast.scaled_dot_product_attention(
+            self.rope(q), self.rope(k), v, scale=scale, mask="causal"
+        )
+        return self.out(y.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+
+
+class Experts(nn.Module):
+    """Each token goes through the two of three small MLPs that the router ranks first."""
+
+    def __init__(self, size: int, hidden: int):
+        super().__init__()
+        self.router = nn.Linear(size, 3)
+        self.up = mx.zeros((3, hidden, size))
+        self.down = mx.zeros((3, size, hidden))
+
+    def __call__(self, x):
+        scores = mx.softmax(self.router(x), axis=-1)
+        chosen = mx.argpartition(-scores, kth=1, axis=-1)[..., :2]
+        y = mx.expand_dims(x, (-2, -3))
+        y = nn.silu(mx.gather_mm(y, self.up.swapaxes(1, 2), rhs_indices=chosen))
+        y = mx.gather_mm(y, self.down.swapaxes(1, 2), rhs_indices=chosen).squeeze(-2)
+        return (y * mx.take_along_axis(scores, chosen, axis=-1)[..., None]).sum(axis=-2)
+
+
+class Decoder(nn.Module):
+    """A language model: shared heads, then experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 12)
+        self.attention = SharedHeads(12, heads=3, group=2, head_dim=4)
+        self.experts = Experts(12, 10)
+        self.norm1, self.norm2, self.norm3 = (nn.RMSNorm(12) for _ in range(3))
+
+    def __call__(self, tokens):
+        x = self.embedding(tokens)
+        x = x + self.attention(self.norm1(x))
+        x = x + self.experts(self.norm2(x))
+        return self.embedding.as_linear(self.norm3(x))
 
 
 class TwoTowers(nn.Module):
@@ -223,13 +279,14 @@ class TwoTowers(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, 6)
-        self.left = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7))
-        self.right = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7))
+        self.left = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 7))
+        self.right = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 7))
 
     def __call__(self, users, items):
         return self.left(self.embedding(users)) @ self.right(self.embedding(items)).T
 
 
+VOCABULARY = 13
 IMAGES, SEQUENCES = (2, 8, 8, 3), (2, 6, 5)
 # Name: how to make the model, and the shape of each of its inputs.
 MODELS = {
@@ -244,6 +301,7 @@ MODELS = {
     "rnn": (lambda: Recurrent(nn.RNN), SEQUENCES),
     "gru": (lambda: Recurrent(nn.GRU), SEQUENCES),
     "lstm": (lambda: Recurrent(nn.LSTM), SEQUENCES),
+    "decoder": (Decoder, (2, 6)),
     "two_towers": (TwoTowers, (3,), (4,)),
 }
-TOKENS = {"two_towers"}
+TOKENS = {"decoder", "two_towers"}

@@ -39,3 +39,32 @@ def percentile(ordered, percent):
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+SHARING = {
+    "AsStrided", "Broadcast", "Copy", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice",
+    "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
+}  # fmt: skip
+
+
+def live_bytes(nodes, sizes, inputs, outputs, resident):
+    """Bytes in memory while each node runs: run them, and after each throw away what is not needed.
+
+    `nodes` are (op, inputs, outputs), `sizes` the bytes of each value; `resident` ones are not
+    counted. A SHARING op makes no buffer: Depends hands on its inputs, the others the first.
+    """
+    buffer = {i: i for i in [*inputs, *resident]}
+    memory = {i: sizes[i] for i in inputs}
+    history = []
+    for position, (op, reads, writes) in enumerate([(None, [], []), *nodes]):
+        for slot, value in enumerate(writes):
+            if op in SHARING:
+                buffer[value] = buffer[reads[slot] if op == "Depends" else reads[0]]
+            else:
+                buffer[value] = value
+                memory[value] = sizes[value]
+        history.append(sum(memory.values()))
+        needed = {value for _, reads, _ in nodes[position:] for value in reads} | set(outputs)
+        kept = {buffer[value] for value in needed if value in buffer}
+        memory = {owner: size for owner, size in memory.items() if owner in kept}
+    return history[1:]

@@ -1,4 +1,6 @@
+import itertools
 import math
+import random
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +26,7 @@ from mlx_compress.dims import (
 from mlx_compress.graph import trace
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**32)
 SIZES = (2, 3, 4, 6, 8, 12)
 
 
@@ -130,56 +133,63 @@ def test_a_wild_factor_within_a_product_couples_only_the_others():
 # ---- random structures
 
 
-def divisors(size):
-    return [n for n in range(2, size) if size % n == 0]
-
-
-def build(draw, count):
-    """Axes made by random steps; returns every axis that was ever made, with its size then."""
-    made = [(axis, size_of(axis)) for axis in map(new_axis, draw(st.lists(size, min_size=2)))]
-    for _ in range(count):
-        grow(draw, made)
+def build(seed, steps=12):
+    """Axes made by random steps: every axis that was ever made, with its size at that time."""
+    rng = random.Random(seed)
+    made = [(axis, size_of(axis)) for axis in (new_axis(rng.choice(SIZES)) for _ in range(4))]
+    for _ in range(steps):
+        try:
+            new = grow(rng, made)
+        except Misaligned:
+            new = []
+        made += [(axis, size_of(axis)) for axis in new if size_of(axis) <= 48]
     return made
 
 
-size = st.sampled_from(SIZES)
+def grow(rng, made):
+    """One step on a random axis; returns the axes that it makes."""
+    axis, total = rng.choice(made)
+    match rng.choice(["product", "sum", "cut", "split", "unify", "unify", "freeze", "new"]):
+        case "product":
+            return [axis + rng.choice(made)[0]]
+        case "sum":
+            return [sum_axis([axis, rng.choice(made)[0]])]
+        case "cut" if total > 1:
+            where = rng.randrange(1, total)
+            return cut_axis(axis, [where, total - where])
+        case "split" if total > 1:
+            dim = rng.choice(factors(axis))
+            lead = rng.choice([n for n in range(1, dim.size + 1) if dim.size % n == 0])
+            if 1 < lead < dim.size:
+                split(dim, lead, dim.size // lead)
+        case "unify":
+            unify(axis, rng.choice([other for other, n in made if n == total]))
+        case "freeze" if rng.random() < 0.1:
+            freeze(axis, "it is so")
+        case "new":
+            return [new_axis(rng.choice(SIZES))]
+    return []
 
 
-def grow(draw, made):
-    axis, _ = draw(st.sampled_from(made))
-    step = draw(st.sampled_from(["product", "sum", "cut", "split", "unify", "new"]))
-    new = []
-    try:
-        if step == "product" and size_of(axis) <= 12:
-            new = [axis + draw(st.sampled_from(made))[0]]
-        elif step == "sum" and size_of(axis) <= 24:
-            new = [sum_axis([axis, draw(st.sampled_from(made))[0]])]
-        elif step == "cut" and size_of(axis) > 1:
-            where = draw(st.integers(1, size_of(axis) - 1))
-            new = cut_axis(axis, [where, size_of(axis) - where])
-        elif step == "split" and divisors(factors(axis)[0].size if axis else 1):
-            dim = factors(axis)[0]
-            lead = draw(st.sampled_from(divisors(dim.size)))
-            split(dim, lead, dim.size // lead)
-        elif step == "unify":
-            alike = [other for other, n in made if n == size_of(axis)]
-            unify(axis, draw(st.sampled_from(alike)))
-        else:
-            new = [new_axis(draw(size))]
-    except Misaligned:
-        return
-    made += [(axis, size_of(axis)) for axis in new if size_of(axis) <= 48]
+def pair(seed, made):
+    """Two of the axes, of one size."""
+    rng = random.Random(seed)
+    axis, total = rng.choice(made)
+    return axis, rng.choice([other for other, n in made if n == total])
 
 
-@quick
-@given(st.data())
-def test_no_step_changes_the_size_of_any_axis(data):
-    for axis, before in build(data.draw, 12):
-        assert size_of(axis) == before
-        assert math.prod(dim.size for dim in factors(axis)) == before
-        for dim in factors(axis):
-            if dim.segments is not None:
-                assert sum(map(size_of, dim.segments)) == dim.size
+def groups(made):
+    """What the axes say about free slots, in a form that two copies of a structure share."""
+    numbers = {}
+    said = [coordinates(axis) for axis, _ in made]
+    return [
+        {
+            numbers.setdefault(dim, len(numbers)): units
+            for dim, units in entry.items()
+            if dim.frozen is None
+        }
+        for entry in said
+    ]
 
 
 def survivors(axis, kept):
@@ -201,28 +211,163 @@ def stands_twice(axis):
     return len(held) > len(set(held)) or any(map(stands_twice, inner))
 
 
-@quick
-@given(st.data())
-def test_coordinates_tell_the_slots_that_a_unit_occupies(data):
-    for axis, total in build(data.draw, 12):
-        if stands_twice(axis):
-            continue
-        masks = {d: np.array(data.draw(st.tuples(*[st.booleans()] * d.size))) for d in leaves(axis)}
-        alive = np.ones(total, dtype=bool)
-        for dim, units in _coordinates(axis).items():
-            alive &= (units < 0) | masks[dim][units]
-        assert alive.tolist() == survivors(axis, masks).tolist()
+def random_masks(axes, seed):
+    """For each leaf, which units are left: all of a frozen one, one at least of the others."""
+    rng = np.random.default_rng(seed)
+    masks = {}
+    for dim in dict.fromkeys(dim for axis in axes for dim in leaves(axis)):
+        count = dim.size if dim.frozen else rng.integers(1, dim.size + 1)
+        masks[dim] = rng.permutation(dim.size) < count
+    return masks
 
 
 @quick
-@given(st.data())
-def test_unified_axes_have_the_same_coordinates_and_unifying_again_changes_nothing(data):
-    made = build(data.draw, 10)
-    axis, n = data.draw(st.sampled_from(made))
-    other = data.draw(st.sampled_from([b for b, m in made if m == n]))
-    unify(axis, other)
-    before = [coordinates(axis) for axis, _ in made]
-    assert coordinates(axis) == coordinates(other) or all([*reasons(axis), *reasons(other)])
-    unify(axis, other)
-    unify(other, axis)
-    assert [coordinates(axis) for axis, _ in made] == before
+@given(seeds)
+def test_no_step_changes_the_size_of_any_axis(seed):
+    for axis, before in build(seed):
+        assert size_of(axis) == before
+        assert math.prod(dim.size for dim in factors(axis)) == before
+        for dim in factors(axis):
+            if dim.segments is not None:
+                assert sum(map(size_of, dim.segments)) == dim.size
+
+
+@quick
+@given(seeds)
+def test_coordinates_tell_the_slots_that_each_unit_occupies(seed):
+    made = build(seed)
+    masks = random_masks([axis for axis, _ in made], seed)
+    for axis, total in made:
+        if not stands_twice(axis):
+            alive = np.ones(total, dtype=bool)
+            for dim, units in _coordinates(axis).items():
+                assert units.shape == (total,) and set(range(dim.size)) <= set(units.tolist())
+                alive &= (units < 0) | masks[dim][units]
+            assert alive.tolist() == survivors(axis, masks).tolist()
+
+
+@quick
+@given(seeds, seeds)
+def test_unified_axes_have_the_same_coordinates_and_unifying_again_changes_nothing(seed, which):
+    made = build(seed)
+    left, right = pair(which, made)
+    unify(left, right)
+    assert coordinates(left) == coordinates(right) or all([*reasons(left), *reasons(right)])
+    before = groups(made)
+    unify(left, right)
+    unify(right, left)
+    assert groups(made) == before
+
+
+@quick
+@given(seeds, seeds)
+def test_it_does_not_matter_which_of_two_axes_is_unified_with_the_other(seed, which):
+    one, two = build(seed), build(seed)
+    unify(*pair(which, one))
+    unify(*reversed(pair(which, two)))
+    assert groups(one) == groups(two)
+
+
+# ---- against arrays: taking whole groups away commutes with every operation
+
+
+SHAPES = {"a": (4, 6), "b": (24,), "c": (2, 3, 4), "d": (8, 3), "e": (4, 2), "f": (3, 4)}
+
+
+def moving(seed):
+    """A function of parameters that moves slots about and adds them up."""
+
+    def function(parameters):
+        rng = random.Random(seed)
+        arrays = list(parameters.values())
+        for _ in range(9):
+            arrays += move(rng, arrays)
+        return arrays[len(parameters) :]
+
+    return function
+
+
+def move(rng, arrays):
+    x = rng.choice(arrays)
+    axis = rng.randrange(x.ndim)
+    match rng.choice(["reshape", "transpose", "slice", "split", "join", "add", "add"]):
+        case "reshape":
+            return [x.reshape(factorised(rng, x.size))]
+        case "transpose":
+            return [x.transpose(rng.sample(range(x.ndim), x.ndim))]
+        case "slice":
+            start = rng.randrange(x.shape[axis])
+            where = [slice(None)] * x.ndim
+            where[axis] = slice(start, rng.randint(start + 1, x.shape[axis]))
+            return [x[tuple(where)]]
+        case "split":
+            return mx.split(x, [rng.randrange(x.shape[axis])], axis=axis)[1:]
+        case "join" if x.size < 100:
+            lead = x.shape[0]
+            other = rng.choice([y for y in arrays if y.size % lead == 0 and y.size < 100])
+            return [mx.concatenate([x.reshape(lead, -1), other.reshape(lead, -1)], axis=1)]
+        case "add":
+            return [x + rng.choice([y for y in arrays if y.size == x.size]).reshape(x.shape)]
+    return []
+
+
+def factorised(rng, total):
+    shape = []
+    while total > 1:
+        shape.append(rng.choice([n for n in range(2, total + 1) if total % n == 0]))
+        total //= shape[-1]
+    return shape or [1]
+
+
+def operate(node, x, alive, sizes):
+    """The primitive on arrays that have lost slots; `alive` tells which of the first one's."""
+    match node.op:
+        case "Add":
+            return [x[0] + x[1]]
+        case "Concatenate":
+            return [np.concatenate(x, axis=node.attributes[0])]
+        case "Transpose":
+            return [x[0].transpose(node.attributes[0])]
+        case "Slice":
+            bounds = zip(*node.attributes[:2], strict=True)
+            return [x[0][np.ix_(*[between(m, *b) for m, b in zip(alive, bounds, strict=True)])]]
+        case "Split":
+            points, axis = node.attributes
+            ends = [0, *points, len(alive[axis])]
+            parts = [between(alive[axis], *b) for b in itertools.pairwise(ends)]
+            return [x[0].take(np.flatnonzero(part), axis=axis) for part in parts]
+        case "Reshape" | "Flatten" | "Unflatten" | "ExpandDims" | "Squeeze":
+            return [x[0].reshape(sizes)]
+    raise AssertionError(node.op)
+
+
+def between(alive, start, stop):
+    """Of the slots that are left, those that lay between two old positions."""
+    places = np.flatnonzero(alive)
+    return (start <= places) & (places < stop)
+
+
+@quick
+@given(seeds)
+def test_removing_whole_units_commutes_with_every_operation(seed):
+    rng = np.random.default_rng(seed)
+    parameters = {name: mx.zeros(shape) for name, shape in SHAPES.items()}
+    graph = trace(moving(seed), parameters=parameters)
+    inference = Inference(graph)
+    for value in graph.parameters.values():
+        inference.axes[value] = inference.fresh(value)
+    for position, node in enumerate(graph.nodes):
+        inference.follow(position, node)
+    masks = random_masks([axis for axes in inference.axes.values() for axis in axes], seed)
+    full = {i: rng.integers(0, 2**40, graph.values[i].shape) for i in graph.parameters.values()}
+    alive = {i: [survivors(axis, masks) for axis in axes] for i, axes in inference.axes.items()}
+    for node in graph.nodes:
+        whole = [full[i] for i in node.inputs]
+        left = [full[i][np.ix_(*alive[i])] for i in node.inputs]
+        untouched = [np.ones(n, dtype=bool) for n in whole[0].shape]
+        shape = graph.values[node.outputs[0]].shape
+        sizes = [mask.sum() for mask in alive[node.outputs[0]]]
+        full.update(zip(node.outputs, operate(node, whole, untouched, shape), strict=True))
+        pruned = operate(node, left, alive[node.inputs[0]], sizes)
+        for i, array in zip(node.outputs, pruned, strict=True):
+            np.testing.assert_array_equal(array, full[i][np.ix_(*alive[i])])

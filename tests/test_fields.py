@@ -203,7 +203,7 @@ def replaced(shapes: Shapes, sizes: dict[int, int]) -> Shapes:
 
 
 def fit(config: dict, target: Shapes, **choices) -> dict:
-    """`fit_config` on an mlx-lm model; the config found has the exact shapes, and its model runs."""
+    """`fit_config` on an mlx-lm model: the config found has the exact shapes, its model runs."""
     before = copy.deepcopy(config)
     found = fit_config(config, shapes_of, target, optional=optional_fields(config), **choices)
     assert config == before
@@ -229,6 +229,7 @@ ATTENTION_16 = {  # one of two kv groups, with heads of 16
     ("k_proj.weight", 0): 16,
     ("v_proj.weight", 0): 16,
 }
+BIASES_16 = {("q_proj.bias", 0): 32, ("k_proj.bias", 0): 16, ("v_proj.bias", 0): 16}
 EXPERTS = {
     ("block_sparse_moe.gate.weight", 0): 4,
     ("switch_mlp.gate_proj.weight", 0): 4,
@@ -340,20 +341,25 @@ def config_layers(config: dict, layers: str) -> int:
 
 
 def test_a_count_that_no_shape_tells_is_found_by_accept():
-    layers = {"model.language_model.layers": [0, 1, 3]}  # 0 and 1 own their keys, 3 shares them
-    target = replaced(without_layers(shapes_of(GEMMA3N), layers), {80: 60})  # 4 x 20 -> 3 x 20
-    choices = {"layers": layers, "optional": optional_fields(GEMMA3N)}
-    shared = [
-        fit_config(GEMMA3N, shapes_of, target, accept=accept, **choices)["text_config"]
-        for accept in (
-            lambda c: True,
-            lambda c: c["text_config"]["num_kv_shared_layers"] == 1,
+    config = edited(
+        GEMMA3N,
+        text_config__num_hidden_layers=5,
+        text_config__layer_types=["sliding_attention", "full_attention", "sliding_attention"] * 2,
+        text_config__activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.5, 0.0],
+    )
+    config["text_config"]["layer_types"].pop()
+    layers = {"model.language_model.layers": [0, 1, 2, 4]}  # 3 and 4 share the keys of others
+    target = replaced(without_layers(shapes_of(config), layers), {100: 80})  # 5 x 20 -> 4 x 20
+    choices = {"layers": layers, "optional": optional_fields(config)}
+    for shared in (2, 1):
+        found = fit_config(
+            config,
+            shapes_of,
+            target,
+            accept=lambda c, shared=shared: c["text_config"]["num_kv_shared_layers"] == shared,
+            **choices,
         )
-    ]
-    assert [config["num_kv_shared_layers"] for config in shared] == [2, 1]
-    for config in shared:
-        assert config["layer_types"] == ["sliding_attention", "full_attention", "full_attention"]
-        assert config["activation_sparsity_pattern"] == [0.95, 0.0, 0.0]
+        assert found["text_config"]["activation_sparsity_pattern"] == [0.95, 0.0, 0.0, 0.0]
 
 
 def test_layers_and_widths_can_go_together():
@@ -474,16 +480,17 @@ def test_heads_that_shapes_do_not_tell_are_offered_too(config, truth):
 
 
 def test_removing_heads_needs_a_head_width_in_the_config():
-    target = resized(shapes_of(QWEN2), ATTENTION_16)
+    target = resized(shapes_of(QWEN2), ATTENTION_16 | BIASES_16)
     with pytest.raises(Inexpressible, match="hidden_size would have to be 32, 64 at once") as error:
         fit(QWEN2, target)
     assert error.value.exit_code == 2
     assert error.value.conflicts == {
-        f"model.layers.{layer}.self_attn.{name}.weight": pair
+        f"model.layers.{layer}.self_attn.{name}": pair
         for layer in range(3)
         for name, pair in {
-            "q_proj": ((32, 64), (64, 64)),
-            "o_proj": ((64, 32), (64, 64)),
+            "q_proj.weight": ((32, 64), (64, 64)),
+            "q_proj.bias": ((32,), (64,)),
+            "o_proj.weight": ((64, 32), (64, 64)),
         }.items()
     }
 
@@ -562,7 +569,7 @@ KV_GROUPS_16 |= {("k_proj.weight", 0): 16, ("v_proj.weight", 0): 16}
     [
         (LLAMA, 88, MLP, 61, 61),
         (LLAMA, 2, KV_GROUPS_16, 1, 1),
-        (QWEN2, 2, KV_GROUPS_16, 1, 2),
+        (QWEN2, 2, KV_GROUPS_16 | {(end, 0): 64 - n for (end, _), n in BIASES_16.items()}, 1, 2),
         (
             edited(NEMOTRON_NAS, block_configs=[NEMOTRON_NAS["block_configs"][0]] * 3),
             512,

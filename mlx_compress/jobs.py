@@ -1,0 +1,214 @@
+"""What each command does and prints. Results go to stdout, progress and notes to stderr."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import recipe
+from .allocate import family
+from .axes import NamedAxes
+from .checkpoint import check_free
+from .options import Options
+from .plan import PrunePlan
+from .plan import diff as plan_diff
+from .report import comparison_table, write_report
+
+out = Console()
+err = Console(stderr=True)
+
+
+@contextmanager
+def progress_bars() -> Iterator[recipe.Progress]:
+    """A bar with an ETA for each stage, on stderr; gone when the stage is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), "eta",
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=err, transient=True) as bars:
+        tasks: dict[str, int] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield advance
+
+
+def compress(model: str, mlx_path: Path, data: Path, options: Options, *, plan, carrier, trust):
+    """The whole job, with the closing table."""
+    check_free(mlx_path)
+    source = recipe.open_model(model, trust_remote_code=trust)
+    saved = recipe.read_plan(plan) if plan else None
+    with progress_bars() as progress:
+        report = recipe.compress(
+            source, options, data, mlx_path, plan=saved, carrier=carrier, on_plan=tell_plan,
+            progress=progress,
+        )  # fmt: skip
+    tell_report(report)
+    tell_saved(mlx_path)
+
+
+def prune(
+    model: str, mlx_path: Path | None, data: Path | None, options: Options,
+    *, plan, save_plan, carrier, trust, as_json,
+) -> None:  # fmt: skip
+    """Make or read a plan, show it, and save the pruned model unless it is a dry run."""
+    if mlx_path is not None:
+        check_free(mlx_path)
+    source = recipe.open_model(model, trust_remote_code=trust)
+    with progress_bars() as progress:
+        if plan:
+            planned = recipe.apply_plan(source, recipe.read_plan(plan), carrier=carrier)
+        else:
+            planned = recipe.make_plan(source, options, data, carrier=carrier, progress=progress)
+        if as_json:
+            print(json.dumps(planned.plan.to_json(), indent=1))
+        else:
+            out.print(plan_table(planned.plan))
+        tell_plan(planned)
+        if save_plan:
+            planned.plan.save(save_plan)
+            err.print(f"Plan written to {save_plan}.")
+        if mlx_path is not None:
+            recipe.save_pruned(source, planned, mlx_path, progress=progress)
+    if mlx_path is not None:
+        tell_saved(mlx_path)
+
+
+def evaluate(
+    model: str, dense: str | None, data: Path, options: Options, *, output, trust, as_json
+) -> None:
+    """One model's figures, or two side by side."""
+    opened = recipe.open_model(model, trust_remote_code=trust)
+    parent = recipe.open_model(dense, trust_remote_code=trust) if dense else None
+    notes: list[str] = []
+    windows = recipe.read_windows(opened, data, "evaluation", options, notes)
+    for note in notes:
+        err.print(f"note: {note}")
+    with progress_bars() as progress:
+        pair = (parent, opened) if parent else (opened, None)
+        report = recipe.evaluate_folders(*pair, windows, options, progress=progress)
+    if output:
+        write_report(report, output)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        out.print(comparison_table(report))
+
+
+def inspect(model: str, *, parameters: bool, trust: bool, as_json: bool) -> None:
+    """The dimensions of a model."""
+    named = recipe.inspect(recipe.open_model(model, trust_remote_code=trust))
+    if as_json:
+        print(json.dumps(axes_document(named), indent=1))
+        return
+    out.print(axes_table(named))
+    if parameters:
+        rows = table("parameter", "shape", "axes")
+        for path, shape in named.graph.shapes().items():
+            words = " × ".join(f"({word})" for word in named.describe(path))
+            rows.add_row(path, str(shape), words)
+        out.print(rows)
+    for op, count in named.unknown.items():
+        err.print(f"note: no rule for primitive {op} ({count} times); what it touches is frozen.")
+
+
+def diff(left: Path, right: Path, *, as_json: bool) -> None:
+    """The difference of two plans."""
+    found = plan_diff(recipe.read_plan(left), recipe.read_plan(right))
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    rows = table("dimension", f"only {left.name} keeps", f"only {right.name} keeps")
+    for name, sides in found.items():
+        rows.add_row(name, str(len(sides["left"])), str(len(sides["right"])))
+    out.print(rows if found else "The plans keep the same units.")
+
+
+def axes_document(named: NamedAxes) -> dict:
+    """`inspect --json`: every dimension, every parameter's axes, primitives without a rule."""
+    return {
+        "dimensions": [
+            {
+                "name": d.name,
+                "kind": d.kind,
+                "size": d.size,
+                "free": d.free,
+                "why_not": d.frozen,
+                "within": d.within,
+                "exact": d.exact,
+                "slots": [list(slot) for slot in d.slots],
+            }
+            for d in named.dimensions.values()
+        ],
+        "parameters": {path: named.describe(path) for path in named.graph.parameters},
+        "unknown_primitives": named.unknown,
+    }
+
+
+def axes_table(named: NamedAxes) -> Table:
+    """One row for each place in the model; layers that are alike share a row."""
+    rows: dict[tuple, list] = {}
+    for d in named.dimensions.values():
+        where = family(d)[0]
+        status = f"fixed: {d.frozen}" if not d.free else "free" if d.exact else "free, normalised"
+        rows.setdefault((where, d.size, status), []).append(d)
+    shown = table("dimension", "size", "times", "status")
+    shown.columns[0].no_wrap = True
+    for (where, size, status), same in rows.items():
+        shown.add_row(where, str(size), str(len(same)), status)
+    return shown
+
+
+def plan_table(plan: PrunePlan) -> Table:
+    """What a plan keeps, layer by layer."""
+    shown = table("dimension", "kept", "of", "removed")
+    for cut in plan:
+        gone = sorted(set(range(cut.size)) - set(cut.keep)) if not cut.within else None
+        shown.add_row(cut.name, str(cut.kept), str(cut.size), _few(gone))
+    return shown
+
+
+def _few(units: list[int] | None) -> str:
+    if units is None:
+        return "chosen anew for each"
+    return ", ".join(map(str, units[:8])) + (f", ... ({len(units)})" if len(units) > 8 else "")
+
+
+def table(*columns: str) -> Table:
+    """An empty table; the first column is text, as are those called status or axes."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for k, name in enumerate(columns):
+        left = k == 0 or name in ("status", "axes", "removed")
+        made.add_column(name, overflow="fold", justify="left" if left else "right")
+    return made
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split()).replace("[", "\\[")
+
+
+def tell_report(report: dict) -> None:
+    """The closing table, and what each model makes of the same words."""
+    out.print(comparison_table(report))
+    for name in ("dense", "compressed"):
+        text = report[name]["sample"]
+        out.print(f"[bold]{name}[/]: {_flat(text['prompt'])} [italic]{_flat(text['continuation'])}")
+
+
+def tell_plan(planned) -> None:
+    for note in planned.notes:
+        err.print(f"note: {note}", highlight=False)
+    share = f"{100 * planned.kept_parameters:.1f} %"
+    err.print(f"Keeps {share} of the block parameters.", highlight=False)
+
+
+def tell_saved(path: Path) -> None:
+    print(f"Saved and verified with stock mlx-lm: {path}", file=sys.stderr)
+    print(f"  mlx_lm.generate --model {path} --prompt 'Once'", file=sys.stderr)
