@@ -8,8 +8,10 @@ import contextlib
 import copy
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import InputError
 from ..graph import Graph, trace
+from ..probes import Shapes, memoised
 
 NUMERICS_KEYS = ("quantization", "quantization_config")
 
@@ -52,10 +55,19 @@ class LanguageModel:
         model_class, args_class = _classes(self.path, config, self.trust_remote_code)
         return model_class(args_class.from_dict(config)).eval()
 
-    def shapes_of(self, config: dict) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter of the model that stock mlx-lm makes of a config."""
-        shapes = {p: v.shape for p, v in tree_flatten(self.build(config).parameters())}
-        return {path: shape for path, shape in shapes.items() if path not in self._absent}
+    @cached_property
+    def shapes_of(self) -> Callable[[dict], Shapes | None]:
+        """From a config to the shape of every parameter of the model that stock mlx-lm makes of it.
+
+        None for a config that builds no model. Each config is built once: fitting asks for the
+        same ones again and again.
+        """
+
+        def shapes(config: dict) -> Shapes:
+            built = tree_flatten(self.build(config).parameters())
+            return {path: array.shape for path, array in built if path not in self._absent}
+
+        return memoised(shapes)
 
     def optional_fields(self) -> list[tuple[str, ...]]:
         """Declared config fields that are left out or None, such as `head_dim`."""
@@ -70,11 +82,15 @@ class LanguageModel:
         """The graph of this model at the shape of `tokens` [B, T], logits as its one output."""
         return trace_logits(self.module(), tokens, dtype=dtype)
 
+    def trace_config(self, config: dict, tokens: mx.array) -> Graph:
+        """The float32 graph of what stock mlx-lm makes of a config, at the shape of `tokens`."""
+        return trace_logits(self.build(config), tokens, dtype=mx.float32)
+
     def tokenizer(self):
         """mlx-lm's tokenizer of this folder. Raises `InputError` when it has none."""
         from mlx_lm.utils import load_tokenizer
 
-        with _one_line(self.path):
+        with _one_line(self.path, "check its tokenizer files"):
             return load_tokenizer(self.path, {"trust_remote_code": self.trust_remote_code})
 
 
@@ -104,12 +120,18 @@ def open_model(name: str | Path, *, trust_remote_code: bool = False) -> Language
 
 def read_config(path: Path) -> dict:
     """The folder's config.json. Raises `InputError` when it is missing or damaged."""
+    file = path / "config.json"
     try:
-        return json.loads((path / "config.json").read_text(encoding="utf8"))
+        config = json.loads(file.read_text(encoding="utf8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: has no config.json; it is not a model folder.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path / 'config.json'}: not valid JSON ({error}).") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise InputError(f"{file}: not valid JSON ({error}); fetch it anew.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise InputError(f"{file}: names no model_type; it is not the config of a model.")
+    return config
 
 
 def trace_logits(module: nn.Module, tokens: mx.array, *, dtype=None) -> Graph:
@@ -201,15 +223,26 @@ def _check_weights(path: Path) -> None:
             raise InputError(f"{file}: damaged or truncated ({error}).") from error
 
 
+REMEDIES = {
+    "Missing": "the weights are incomplete, fetch the folder anew",
+    "not in model": "the weights are not of the model that config.json describes",
+    "Expected shape": "the weights are not of the model that config.json describes",
+    "not supported": "choose another model, or a newer mlx-lm",
+}
+
+
 @contextlib.contextmanager
-def _one_line(path: Path) -> Iterator[None]:
-    """Turn what mlx-lm and transformers raise for a bad folder into one line."""
+def _one_line(path: Path, remedy: str = "check its config.json") -> Iterator[None]:
+    """Turn whatever mlx-lm and transformers raise for a bad folder into one line."""
     try:
         yield
     except InputError:
         raise
     except KeyError as error:
-        raise InputError(f"{path / 'config.json'}: has no {error.args[0]!r}.") from error
-    except (ValueError, TypeError, RuntimeError, OSError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: {reason}") from error
+        raise InputError(f"{path}: {error.args[0]!r} is missing; {remedy}.") from error
+    except (Exception, SystemExit) as error:  # some model files exit when a package is missing
+        text = " ".join(str(error).split()).rstrip(" .") or type(error).__name__
+        text = f"it stops with exit code {text}" if isinstance(error, SystemExit) else text
+        remedy = next((r for sign, r in REMEDIES.items() if sign in text), remedy)
+        reason = textwrap.shorten(text, 200, placeholder=" ...")
+        raise InputError(f"{path}: mlx-lm cannot open it: {reason}; {remedy}.") from error

@@ -7,16 +7,18 @@ a family against each other instead, and gives every layer its own count.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
 
-from .axes import Dimension, NamedAxes
+from .axes import OUTPUT, Dimension, NamedAxes
+from .dims import leaves
 from .errors import InputError
 from .importance import Scores
-from .options import Options
+from .layers import LayerDimension, dropped_parameters, layer_dimensions, without
+from .options import LAYER_KINDS, Options
 from .plan import Cut, PrunePlan
 
 COARSE = 64  # a dimension with fewer units than this cannot follow a target closely
@@ -66,21 +68,34 @@ def request(named: NamedAxes, dims: list[Dimension], options: Options) -> Reques
 
 
 def _kept(dim: Dimension, ratio: float, round_to: int) -> int:
-    exact = dim.size * (1 - ratio)
-    step = round_to if dim.size % round_to == 0 or dim.size > round_to else 1
-    kept = min(dim.size, round(exact / step) * step)
-    if kept < 1:
+    if _nearest(dim.size, ratio, 1) < 1:
         raise InputError(
             f"--pruning-ratio {ratio:g} would empty {dim.name}, which has {dim.size} units; "
             "lower it, or leave the dimension out with --dims or --ignored-layers."
         )
-    return kept
+    return _at_least_one_step(dim, ratio, round_to)
+
+
+def _at_least_one_step(dim: Dimension, ratio: float, round_to: int) -> int:
+    step = _step(dim, round_to)
+    return max(step, _nearest(dim.size, ratio, step))
+
+
+def _step(dim: Dimension, round_to: int) -> int:
+    """What counts are rounded to: dimensions with no more units than `round_to` are not."""
+    return round_to if dim.size > round_to else 1
+
+
+def _nearest(size: int, ratio: float, step: int) -> int:
+    """The multiple of `step` nearest to what `ratio` leaves; the larger of two as near."""
+    return min(size, math.floor(size * (1 - ratio) / step + 0.5) * step)
 
 
 def _note(wanted: Request, dim: Dimension, kept: int, ratio: float) -> None:
     wanted.counts[dim.name] = kept
     exact = dim.size * (1 - ratio)
-    if abs(kept - exact) >= 1 or (kept != exact and dim.size < COARSE):
+    off = abs(kept - exact)
+    if off >= 1 or (off > 1e-6 and dim.size < COARSE):
         note = f"{family(dim)[0]}: {kept} of {dim.size} kept, where {exact:.4g} was asked for"
         if note not in wanted.notes:
             wanted.notes.append(note)
@@ -94,11 +109,11 @@ def _for_target(named: NamedAxes, dims: list[Dimension], options: Options) -> Re
     fine = [d for d in dims if d.size >= COARSE] or dims
     for d in dims:
         if d not in fine:
-            kept = max(1, _kept_or_none(d, 1 - options.params, options.round_to))
+            kept = _at_least_one_step(d, 1 - options.params, options.round_to)
             _note(wanted, d, kept, 1 - options.params)
 
     def at(ratio: float) -> Counts:
-        kept = {d.name: max(1, _kept_or_none(d, ratio, options.round_to)) for d in fine}
+        kept = {d.name: _at_least_one_step(d, ratio, options.round_to) for d in fine}
         return wanted.counts | kept
 
     low, high = 0.0, 1.0
@@ -112,7 +127,7 @@ def _for_target(named: NamedAxes, dims: list[Dimension], options: Options) -> Re
     best = min(reachable, key=lambda counts: abs(block_parameters(named, counts) - goal))
     reached = block_parameters(named, best) / total
     if abs(reached - options.params) > 0.02:
-        least = block_parameters(named, {**wanted.counts, **{d.name: 1 for d in fine}}) / total
+        least = block_parameters(named, at(1)) / total
         wanted.notes.append(
             f"--target params={options.params:g}: the nearest that these dimensions can reach is "
             f"{reached:.3f} (least: {least:.3f})"
@@ -121,22 +136,37 @@ def _for_target(named: NamedAxes, dims: list[Dimension], options: Options) -> Re
     return wanted
 
 
-def _kept_or_none(dim: Dimension, ratio: float, round_to: int) -> int:
-    step = round_to if dim.size > round_to else 1
-    return min(dim.size, round(dim.size * (1 - ratio) / step) * step)
+def block_parameters(
+    named: NamedAxes, counts: Mapping[str, int] | None = None, gone: Container[str] = ()
+) -> int:
+    """Parameters outside the embeddings and the head, with `counts` units kept, without `gone`.
 
-
-def block_parameters(named: NamedAxes, counts: Mapping[str, int] | None = None) -> int:
-    """Parameters outside the embeddings and the head, with `counts` units kept.
-
-    Embeddings and head are the parameters with an axis that is indexed by the model's input, or
-    that is its output.
+    Embeddings are the matrices from which rows are taken (other than by the choice of experts),
+    the head has the model's output as an axis.
     """
-    total = 0
-    for path in named.graph.parameters:
-        if not named.is_vocabulary(path):
-            total += math.prod(named.sizes_after(path, counts or {}))
-    return total
+    outside = _embeddings_and_head(named)
+    return sum(
+        math.prod(named.sizes_after(path, counts or {}))
+        for path in named.graph.parameters
+        if path not in outside and path not in gone
+    )
+
+
+def _embeddings_and_head(named: NamedAxes) -> set[str]:
+    graph, axes = named.graph, named.inference.axes
+    experts = {dim for axis, _ in named.inference.routed for dim in leaves(axis)}
+    tables = {
+        node.inputs[0]
+        for node in graph.nodes
+        if node.op == "Gather" and tuple(node.attributes[0]) == (0,)
+        if len(axes[node.inputs[0]]) > 1 and not experts & set(leaves(axes[node.inputs[0]][0]))
+    }
+    return {
+        path
+        for path, value in graph.parameters.items()
+        if value in tables
+        or any(dim.frozen == OUTPUT for axis in named.axes_of(path) for dim in leaves(axis))
+    }
 
 
 def choose(
@@ -144,9 +174,9 @@ def choose(
     options: Options, recipe: Mapping[str, object] | None = None,
 ) -> PrunePlan:  # fmt: skip
     """Keep the units with the highest scores; ties go to the lower index."""
-    counts = dict(wanted.counts)
+    counts, dims = dict(wanted.counts), list(dims)
     if options.global_pruning:
-        counts |= _global_counts(list(dims), scores, counts, options.round_to)
+        counts |= _global_counts(dims, scores, counts, options.round_to)
     cuts = {}
     for d in dims:
         if counts[d.name] < d.size:
@@ -173,7 +203,7 @@ def _global_counts(dims, scores: Scores, counts: Counts, round_to: int) -> Count
     for group in families.values():
         ranked = {d.name: _normalised(scores[d.name]) for d in group}
         budget = sum(counts[d.name] for d in group)
-        step = round_to if group[0].size > round_to else 1
+        step = _step(group[0], round_to)
         kept = {d.name: step for d in group}
         gains = [
             (float(ranked[d.name][k : k + step].mean()), d.name)
@@ -200,3 +230,52 @@ def _matches(dim: Dimension, patterns: Iterable[str]) -> bool:
         for pattern in patterns
         for name in names
     )
+
+
+def prunable_layers(named: NamedAxes, options: Options) -> list[LayerDimension]:
+    """The module lists that lose entries, or branches. Raises `InputError` when none can."""
+    kinds = [kind for kind in options.dims if kind in LAYER_KINDS]
+    found = [d for d in layer_dimensions(named) if d.kind in kinds]
+    chosen = [d for d in found if d.free and not _ignored(d, options.ignored_layers)]
+    if kinds and not chosen:
+        why = next((d.frozen for d in found if d.frozen), "the graph has no such residual branch")
+        raise InputError(f"--dims {','.join(kinds)}: nothing can be dropped here ({why}).")
+    return chosen
+
+
+def choose_layers(
+    named: NamedAxes, dims: list[LayerDimension], scores: Scores, options: Options
+) -> dict[str, Cut]:
+    """Drop the entries with the lowest scores: a fraction of each list, or down to the target."""
+    if options.params is not None:
+        return _layers_for_target(named, dims, scores, options.params)
+    cuts = {}
+    for d in dims:
+        count = min(round(d.size * options.pruning_ratio), len(d.removable), d.size - 1)
+        order = sorted(d.removable, key=lambda i: scores[d.name][i])
+        if count:
+            cuts[d.name] = without(d, order[:count])
+    return cuts
+
+
+def _layers_for_target(named, dims, scores: Scores, target: float) -> dict[str, Cut]:
+    """One entry at a time, the lowest score first, while that comes nearer to the target."""
+    total = block_parameters(named)
+    order = sorted((scores[d.name][i], d.name, i) for d in dims for i in d.removable)
+    by_name = {d.name: d for d in dims}
+    gone: dict[str, list[int]] = {d.name: [] for d in dims}
+    best, best_error = {}, 1 - target
+    for _, name, index in order:
+        if len(gone[name]) + 1 >= by_name[name].size:
+            continue
+        gone[name].append(index)
+        cuts = {n: without(by_name[n], which) for n, which in gone.items() if which}
+        lost = dropped_parameters(named, PrunePlan(cuts))
+        error = abs(block_parameters(named, gone=lost) / total - target)
+        if error < best_error:
+            best, best_error = cuts, error
+    return best
+
+
+def _ignored(dim: LayerDimension, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(dim.name, pattern) for pattern in patterns)

@@ -14,7 +14,7 @@ import numpy as np
 from .axes import NamedAxes
 from .dims import Axis, leaves
 from .errors import InputError
-from .graph import Graph
+from .graph import Graph, Node
 from .stream import Fetch, Progress, silent, stream_backward, stream_forward
 
 
@@ -44,7 +44,8 @@ class Moments:
     """Sums over all calibration tokens, [n] or [experts, n], float64.
 
     `square`: sum of x^2. `norm`: sum over batches of the L2 norm over the batch's tokens.
-    `taylor`: sum over sequences of |sum over tokens of x * dL/dx|, None without gradients.
+    `taylor`: sum over sequences of |sum over tokens of x * dL/dx|, None without gradients; where
+    experts are picked, whose tokens come sorted by expert, batches take the place of sequences.
     """
 
     square: np.ndarray
@@ -72,13 +73,13 @@ def contractions(named: NamedAxes) -> list[Contraction]:
             continue
         if node.inputs[1] not in static:
             continue
-        weight = origin.get((node.inputs[1], CONTRACTIONS[node.op] % len(axes[node.inputs[1]])))
+        weight = origin.get((node.inputs[1], _reading_axis(graph, node)))
         routed = node.inputs[3] if node.op == "GatherMM" else None
         out.append(
             Contraction(
                 value=node.inputs[0],
                 axis=axes[node.inputs[0]][-1],
-                weight=weight,
+                weight=weight if _has_slots(graph, weight, node.inputs[0]) else None,
                 experts=routed,
                 rows=node.inputs[2] if routed is not None else None,
                 expert_axis=axes[node.inputs[1]][0] if routed is not None else None,
@@ -111,7 +112,7 @@ def calibrate(
 
     `batches` hold the graph's inputs, in its shapes. With `loss(batch index, outputs)` the Taylor
     terms are collected too, by one backward pass. Raises `InputError` on NaN or infinity, naming
-    the parameter that the value meets.
+    the parameter that holds it, or else the one where it was met.
     """
     places = {p.key: p for each in consumers(named, dims).values() for p in each}
     statistics = Statistics()
@@ -129,7 +130,7 @@ def calibrate(
         named.graph, batches, fetch,
         taps=tapped, on_taps=on_taps, keep=loss is not None, progress=progress,
     )  # fmt: skip
-    _check_finite(statistics, places)
+    _check_finite(named, statistics, places, fetch)
     if loss is not None:
 
         def on_gradients(b, values):
@@ -142,6 +143,7 @@ def calibrate(
             named.graph, boundaries, fetch, loss,
             taps={p.value for p in places.values()}, on_gradients=on_gradients, progress=progress,
         )  # fmt: skip
+        _check_finite(named, statistics, places, fetch)
     statistics.tokens = sum(int(batch[0].size) for batch in batches)
     return statistics
 
@@ -201,14 +203,43 @@ def _add_taylor(statistics: Statistics, place, product: mx.array, index, batch) 
     held.taylor += np.array(term, dtype=np.float64)
 
 
-def _check_finite(statistics: Statistics, places) -> None:
+def check_parameter(path: str, array: mx.array) -> None:
+    """Raise `InputError` when a parameter holds NaN or infinity."""
+    if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+        raise InputError(
+            f"{path}: holds NaN or infinity, so nothing can be scored; repair the checkpoint."
+        )
+
+
+def _check_finite(named: NamedAxes, statistics: Statistics, places, fetch: Fetch) -> None:
     for key, held in statistics.moments.items():
-        if not np.isfinite(held.square).all():
-            where = places[key].weight[0] if places[key].weight else f"value {key[0]}"
-            raise InputError(
-                f"NaN or infinity enters {where} during calibration; check the weights, or "
-                "calibrate in float32."
-            )
+        if np.isfinite(held.square).all() and (
+            held.taylor is None or np.isfinite(held.taylor).all()
+        ):
+            continue
+        for path in named.graph.parameters:
+            check_parameter(path, fetch([path])[path])
+        where = places[key].weight[0] if places[key].weight else f"value {key[0]}"
+        raise InputError(
+            f"{where}: NaN or infinity arises there during calibration, although all weights are "
+            "finite; use --importance magnitude."
+        )
+
+
+def _reading_axis(graph: Graph, node: Node) -> int:
+    """The axis of a contraction's weights along which the activation's units lie."""
+    shape = graph.values[node.inputs[1]].shape
+    if node.op == "Convolution" and shape[-1] == 1:  # depthwise: a kernel for each channel
+        return 0
+    return CONTRACTIONS[node.op] % len(shape)
+
+
+def _has_slots(graph: Graph, weight: tuple[str, int] | None, value: int) -> bool:
+    """False where the weights have no slot of their own for each unit (grouped convolution)."""
+    if weight is None:
+        return False
+    path, axis = weight
+    return graph.shapes()[path][axis] == graph.values[value].shape[-1]
 
 
 def _static(graph: Graph) -> set[int]:

@@ -9,6 +9,8 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ import numpy as np
 
 from .axes import NamedAxes
 from .errors import CompressError, InputError, ResourceError
+from .layers import renamed_paths
 from .plan import PrunePlan
 from .prune import check_plan, picks, prune_array
 from .stream import Fetch, Progress, silent
@@ -28,7 +31,11 @@ from .stream import Fetch, Progress, silent
 SHARD_BYTES = 5 << 30  # as mlx-lm shards
 RECORD = "compression.json"
 TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
-NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.py", ".*")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack",
+           "*.npz", "*.onnx")  # fmt: skip
+# What describes the parent's weights, and would mislead or break a loader of the child's.
+OF_THE_PARENT = ("*.index.json", "hf_quant_config.json", RECORD, "report.json")
+NOT_COPIED = (*WEIGHTS, *OF_THE_PARENT, "*.py", ".*")
 
 
 class NotLoadable(CompressError):
@@ -41,56 +48,66 @@ class NotLoadable(CompressError):
 def new_folder(path: str | Path, *, needs_bytes: int = 0) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes when not.
 
-    Raises `InputError` if `path` exists, `ResourceError` if the disk is full or would be.
+    Folders above it that are missing are made, and vanish likewise. Raises `InputError` if `path`
+    exists, `ResourceError` if the disk is full or would be.
     """
     path = Path(path)
     check_free(path, needs_bytes)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    above = [folder for folder in path.parents if not folder.exists()]
+    work = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         yield work
         work.chmod(0o755)
+        check_free(path)
         work.rename(path)
-    except (OSError, RuntimeError) as error:
-        raise disk_error(path, error) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    except BaseException as error:
+        if work:
+            shutil.rmtree(work, ignore_errors=True)
+        for folder in above:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if _is_disk_full(error):
+            raise ResourceError(f"{path}: the disk is full; nothing was written.") from error
+        if work is None and isinstance(error, OSError):
+            raise InputError(f"--mlx-path {path}: cannot be made ({error.strerror}).") from error
+        raise
 
 
 def check_free(path: str | Path, needs_bytes: int = 0) -> None:
     """Fail before the long part: the place is taken, cannot be made, or is too small."""
     path = Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         raise InputError(f"--mlx-path {path}: exists already; name a new folder or remove it.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--mlx-path {path}: cannot be made ({error.strerror}).") from error
-    free = shutil.disk_usage(path.parent).free
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if above.is_dir() else "is not a folder"
+        raise InputError(f"--mlx-path {path}: cannot be made, {above} {reason}; name another.")
+    free = shutil.disk_usage(above).free
     if needs_bytes > free:
         raise ResourceError(
-            f"--mlx-path {path}: needs {needs_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free."
+            f"--mlx-path {path}: needs {needs_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
+            "name a folder on a larger disk."
         )
 
 
-def disk_error(path: Path, error: Exception) -> Exception:
-    """What a failed write becomes: `ResourceError` for a full disk, else the error itself."""
+def _is_disk_full(error: BaseException) -> bool:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left" in str(error) or "Unable to write" in str(error):
-        return ResourceError(f"{path}: the disk is full; nothing was written.")
-    return error
+    return full or isinstance(error, RuntimeError) and "Unable to write" in str(error)
 
 
 def write_weights(
     folder: Path, named: NamedAxes, plan: PrunePlan, fetch: Fetch, dtypes: Mapping[str, mx.Dtype],
-    *, rename: Mapping[str, str] | None = None, progress: Progress = silent,
+    *, progress: Progress = silent,
 ) -> int:  # fmt: skip
     """Write the pruned parameters as mlx-lm shards them; returns their bytes.
 
-    `dtypes` holds the dtype of each parameter on disk. `rename` gives paths their new names
-    (renumbered layers); a parameter missing from it is dropped.
+    `dtypes` holds the dtype of each parameter on disk. Where the plan drops layers their
+    parameters are left out, and the layers behind them are renumbered.
     """
     check_plan(named, plan)
-    names = {p: p for p in named.graph.parameters} if rename is None else dict(rename)
+    names = renamed_paths(named, plan)
     shards = _shards(named, plan, names, dtypes)
     index, total = {}, 0
     for number, paths in enumerate(shards, start=1):
@@ -110,10 +127,10 @@ def write_weights(
 
 def pruned_bytes(named: NamedAxes, plan: PrunePlan, dtypes: Mapping[str, mx.Dtype]) -> int:
     """The bytes of the weights after pruning."""
-    counts = {cut.name: cut.kept for cut in plan}
+    counts = plan.counts()
     return sum(
-        int(np.prod(named.sizes_after(path, counts))) * dtypes[path].size
-        for path in named.graph.parameters
+        math.prod(named.sizes_after(path, counts)) * dtypes[path].size
+        for path in renamed_paths(named, plan)
     )
 
 
@@ -174,11 +191,11 @@ def prove(folder: Path, tokens: mx.array, expected: mx.array, dtype: mx.Dtype) -
 
 
 def _shards(named, plan, names, dtypes) -> list[list[str]]:
-    counts = {cut.name: cut.kept for cut in plan}
+    counts = plan.counts()
     shards: list[list[str]] = [[]]
     held = 0
     for path in names:
-        size = int(np.prod(named.sizes_after(path, counts))) * dtypes[path].size
+        size = math.prod(named.sizes_after(path, counts)) * dtypes[path].size
         if shards[-1] and held + size > SHARD_BYTES:
             shards.append([])
             held = 0

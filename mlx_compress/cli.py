@@ -191,7 +191,7 @@ def prune(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Prune and save; no evaluation. --dry-run shows the plan."""
+    """Prune and save, or only show the plan with --dry-run."""
     options = _options(ctx.params)
     if plan is None:
         options.require_amount()
@@ -225,7 +225,7 @@ def evaluate(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Loss, agreement, size and speed of a model, beside its dense parent's with --dense."""
+    """Measure a model, alone or beside its dense parent."""
     from . import jobs
 
     jobs.evaluate(
@@ -243,7 +243,7 @@ def inspect(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """The named axes of a model: what can be pruned, and what cannot and why."""
+    """The named axes: what can be pruned, what not, and why."""
     from . import jobs
 
     jobs.inspect(model, parameters=parameters, trust=trust_remote_code, as_json=as_json)
@@ -268,7 +268,7 @@ def demo(
         typer.Option("--mlx-path", metavar="DIR", help="Keep the pruned model here."),
     ] = None,
 ) -> None:
-    """Prune the small model that comes with the package, by each criterion; needs no network."""
+    """Prune the embedded model by each criterion; needs no network."""
     from .demo import run_demo
 
     run_demo(mlx_path)

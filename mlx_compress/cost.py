@@ -13,8 +13,9 @@ This is the table from primitive to work, read from shapes alone; nothing is run
   reads what it picks; of experts, as many as there are rows to route, at most all. Views move
   nothing and hold no memory of their own. (MLX copies when a `Reshape` meets a transposed array.)
 - A value is live from the node that makes it to its last reader, views of it included, in the
-  order of the graph; inputs from the start, outputs to the end. MLX may need less: it writes over
-  an operand that dies. Parameters and constants are resident throughout, and counted apart.
+  order of the graph; inputs from the start, outputs to the end. Parameters and constants are
+  resident throughout, and counted apart. MLX itself may need less, as it writes over an operand
+  that dies, or more: on the CPU it allocates ahead of the node that runs.
 
 The tests compare with hand formulas (dense, convolution, attention, Llama, experts), with a slow
 simulation of the memory, and with MLX: its views allocate nothing.

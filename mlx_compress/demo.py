@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from . import jobs, recipe
+from .axes import named_axes
 from .checkpoint import check_free
 from .edit import edit_graph
 from .evaluate import compare_scores, score_tokens
@@ -78,7 +79,7 @@ def _compare(model, data: Path) -> dict[str, tuple[float, PrunePlan]]:
 
 
 def _in_float32(model, tokens):
-    named = recipe.named_axes(model.trace(mx.array(tokens), dtype=mx.float32))
+    named = named_axes(model.trace(mx.array(tokens), dtype=mx.float32))
     weights = model.fetch(named.graph.parameters)
     weights = {path: array.astype(mx.float32) for path, array in weights.items()}
     mx.eval(weights)

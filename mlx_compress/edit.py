@@ -265,15 +265,16 @@ def _window(editor, axis, start, end, stride, wild):
 
 
 def _slice(editor, node, wild_in, wild, outputs):
-    start, end, stride = node.attributes
-    bounds = []
-    for k, axis in enumerate(editor.axes[node.inputs[0]]):
-        size = editor.values[outputs[0]].shape[k]
-        if is_wild(axis) and size != editor.graph.values[node.outputs[0]].shape[k]:
-            bounds.append((0, size * stride[k]))  # constant along it: any slots will do
-        else:
-            bounds.append(_window(editor, axis, start[k], end[k], stride[k], wild_in))
-    return tuple(b for b, _ in bounds), tuple(e for _, e in bounds), stride
+    axes = editor.axes[node.inputs[0]]
+    before = editor.graph.values[node.outputs[0]].shape
+    after = editor.values[outputs[0]].shape
+    windows = [
+        (0, new, 1)  # constant along the axis: any slots will do
+        if is_wild(axis) and new != old
+        else (*_window(editor, axis, *where, wild_in), where[2])
+        for axis, old, new, *where in zip(axes, before, after, *node.attributes, strict=True)
+    ]
+    return tuple(zip(*windows, strict=True)) or node.attributes
 
 
 def _slice_update(editor, node, wild_in, wild, outputs):

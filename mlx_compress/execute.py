@@ -229,8 +229,17 @@ def _convolution(x, a, out):
     )
 
 
+def _routes(left, right, left_sorted, right_sorted) -> dict:
+    """MLX takes one side as sorted only where it counts off the indices of the other by itself."""
+    return {
+        "lhs_indices": None if right_sorted else left,
+        "rhs_indices": None if left_sorted else right,
+        "sorted_indices": left_sorted or right_sorted,
+    }
+
+
 def _gather_mm(x, a, out):
-    return mx.gather_mm(*x[:2], lhs_indices=x[2], rhs_indices=x[3], sorted_indices=a[1])
+    return mx.gather_mm(*x[:2], **_routes(*x[2:], *a))
 
 
 QUANTISATION_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
@@ -251,18 +260,16 @@ def _quantized_matmul(x, a, out):
 
 
 def _gather_qmm(x, a, out):
-    group_size, bits, mode, transposed, _, is_sorted = a
+    group_size, bits, mode, transposed, *are_sorted = a
     biases = x[3] if len(x) > 5 else None
     return mx.gather_qmm(
         *x[:3],
         biases,
-        lhs_indices=x[-2],
-        rhs_indices=x[-1],
+        **_routes(*x[-2:], *are_sorted),
         transpose=transposed,
         group_size=group_size,
         bits=bits,
         mode=QUANTISATION_MODES[mode],
-        sorted_indices=is_sorted,
     )
 
 

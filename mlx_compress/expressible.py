@@ -6,6 +6,7 @@ changed is said. The models built from candidate configs are traced and compared
 graph, as equal shapes alone do not mean the same computation (3 heads of 16, or 4 of 12?).
 """
 
+import math
 from collections.abc import Iterable
 
 import mlx.core as mx
@@ -15,39 +16,73 @@ from .axes import Dimension, NamedAxes
 from .edit import edit_graph
 from .errors import InputError
 from .fields import Inexpressible, fit_config, nearest_expressible
-from .graph import TraceError, signature
+from .graph import SHAPE_ONLY, Graph, signature
+from .layers import LayerDimension, kept_layers, renamed_paths, without
 from .options import Options
 from .plan import Cut, PrunePlan
+from .prune import check_plan
 
+SAME = 5e-3  # constants of a bfloat16 graph are this far from those of a float32 one
 KEEP_LONGEST = ("channels", "experts", "heads", "width", "query_heads", "head_dim")
 
 
 def fitted_config(model, named: NamedAxes, plan: PrunePlan) -> dict:
     """The config of the pruned model: same shapes, same computation.
 
-    `model` offers `config`, `shapes_of`, `optional_fields` and `build` (a `LanguageModel`). Raises
-    `fields.Inexpressible` when stock mlx-lm has none for this plan.
+    `model` offers `config`, `shapes_of`, `optional_fields` and `trace_config` (a `LanguageModel`).
+    Raises `fields.Inexpressible` when stock mlx-lm has none for this plan, `InputError` when the
+    plan is of another model.
     """
-    counts = {cut.name: cut.kept for cut in plan}
-    target = {path: named.sizes_after(path, counts) for path in named.graph.parameters}
+    check_plan(named, plan)
+    counts = plan.counts()
+    target = {
+        new: named.sizes_after(path, counts) for path, new in renamed_paths(named, plan).items()
+    }
     try:
-        wanted = signature(edit_graph(named, plan))
+        wanted = edit_graph(named, plan)
     except InputError:  # a ranking over a pruned dimension: only shapes can be compared
         wanted = None
     tokens = mx.zeros(named.graph.values[named.graph.inputs[0]].shape, mx.int32)
 
     def accept(config: dict) -> bool:
-        from .bridges.mlx_lm import trace_logits
-
         try:
-            graph = trace_logits(model.build(config), tokens)
-        except (TraceError, ValueError, TypeError, IndexError, ZeroDivisionError):
+            graph = model.trace_config(config, tokens)
+        except (ValueError, TypeError, IndexError, ZeroDivisionError):
             return False
-        return wanted is None or signature(graph) == wanted
+        return wanted is None or computes_alike(graph, wanted)
 
     return fit_config(
-        model.config, model.shapes_of, target, optional=model.optional_fields(), accept=accept
+        model.config, model.shapes_of, target,
+        optional=model.optional_fields(), layers=kept_layers(plan), accept=accept,
+    )  # fmt: skip
+
+
+def computes_alike(left: Graph, right: Graph) -> bool:
+    """Whether two graphs are one computation: primitives, shapes and scalar constants.
+
+    The constants tell what shapes do not: a scale by the square root of the width, or a mean.
+    """
+    one, two = _scalars(left), _scalars(right)
+    return (
+        signature(left) == signature(right)
+        and len(one) == len(two)
+        and all(
+            a is None or b is None or math.isclose(a, b, rel_tol=SAME, abs_tol=1e-30)
+            for a, b in zip(one, two, strict=True)
+        )
     )
+
+
+def _scalars(graph: Graph) -> list[float | None]:
+    """For each operand of each primitive, the number that it is, or None."""
+    known = {i: a.item() for i, a in graph.constants.items() if a.size == 1}
+    out = []
+    for node in graph.nodes:
+        if node.op in SHAPE_ONLY or node.op == "AsType":
+            known |= {o: known[node.inputs[0]] for o in node.outputs if node.inputs[0] in known}
+        else:
+            out += [known.get(i) for i in node.inputs]
+    return out
 
 
 def snap(
@@ -142,3 +177,19 @@ def _nearest(model, named: NamedAxes, group: list[Dimension], count: int) -> int
     )
     works = near < size and _works(model, named, group, {d.name: near for d in group})
     return near if works else size
+
+
+def check_layers(model, named: NamedAxes, dims: list[LayerDimension]) -> None:
+    """Raise `InputError` when the config has no way to drop what `dims` name.
+
+    One entry of each is dropped in a stand-in plan; which one does not matter to most configs.
+    """
+    for d in dims:
+        plan = PrunePlan({d.name: without(d, d.removable[-1:])})
+        try:
+            fitted_config(model, named, plan)
+        except InputError as error:
+            raise InputError(
+                f"no config of {model.config.get('model_type')!r} in stock mlx-lm can drop entries "
+                f"of {d.name}; try --dims layers (whole blocks), or --carrier nemotron-nas."
+            ) from error

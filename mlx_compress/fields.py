@@ -163,13 +163,12 @@ def standing_still(one: tuple[int, dict | None], two: tuple[int, dict | None]) -
 
 
 def without_pins(build: Build, config: dict, original: dict, pins: Mapping[Path, object]) -> dict:
-    """`config` without the explicit fields that did not change and that the shapes can spare."""
-    for path, value in pins.items():
-        if get(config, path) == value:
-            spared = put(config, {path: None})
-            if path[-1] not in get(original, path[:-1]):
-                del get(spared, path[:-1])[path[-1]]
-            config = spared if build(spared) == build(config) else config
+    """`config` without the explicit fields that its shapes can spare."""
+    for path in pins:
+        spared = put(config, {path: None})
+        if path[-1] not in get(original, path[:-1]):
+            del get(spared, path[:-1])[path[-1]]
+        config = spared if build(spared) == build(config) else config
     return config
 
 
@@ -205,15 +204,18 @@ def misses(shapes: Shapes, target: Shapes) -> int:
 
 def refusal(build: Build, config: dict, shapes: Shapes, target: Shapes) -> Inexpressible:
     """The error that says how `shapes`, the nearest found from `config`, differ from `target`."""
-    differ = sorted(shapes.keys() ^ target.keys()) + [path for path, _ in wrong(shapes, target)]
+    differ = [path for path in target | shapes if target.get(path) != shapes.get(path)]
     conflicts = {path: (target.get(path), shapes.get(path)) for path in differ}
-    path, (asked, has) = next(iter(conflicts.items()))
-    reasons = (clash(build, config, target, axis) for axis in wrong(shapes, target))
-    reason = next(filter(None, reasons), "no number in the config sets it alone")
-    more = f" ({len(conflicts) - 1} more parameters differ)" if len(conflicts) > 1 else ""
+    asked, has = (shape or "absent" for shape in conflicts[differ[0]])
+    if shapes.keys() != target.keys():
+        reason = "no reading of what it says per layer drops just these layers"
+    else:
+        reasons = (clash(build, config, target, axis) for axis in wrong(shapes, target))
+        reason = next(filter(None, reasons), "no number in it sets that alone")
+    more = f" ({len(differ) - 1} more parameters differ)" if differ[1:] else ""
     return Inexpressible(
-        f"No config gives these shapes: {path} is asked to be {asked}, the nearest config makes it "
-        f"{has}{more}; {reason}. Prune what shares a field alike, or export the graph instead.",
+        f"No config gives these shapes: {differ[0]} is asked to be {asked}, the nearest config "
+        f"makes it {has}{more}; {reason}. Prune what shares a field alike, or export the graph.",
         conflicts,
     )
 

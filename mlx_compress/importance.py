@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from .axes import Dimension, NamedAxes
-from .calibrate import Contraction, Moments, Statistics, consumers
+from .calibrate import Contraction, Moments, Statistics, check_parameter, consumers
 from .errors import InputError
 from .stream import Fetch
 
@@ -44,6 +44,7 @@ def magnitude(sources: Sources) -> Scores:
     scores = {d.name: np.zeros(_shape(sources.named, d)) for d in sources.dims}
     for path, dims in _by_parameter(sources.dims).items():
         weight = sources.fetch([path])[path].astype(mx.float32)
+        check_parameter(path, weight)
         square = mx.square(weight)
         for d in dims:
             array, axes = _reduced(sources.named, d, path, square)
@@ -52,7 +53,7 @@ def magnitude(sources: Sources) -> Scores:
 
 
 def activation(sources: Sources) -> Scores:
-    """L2 norm over a batch's tokens of what the unit hands on, mean over batches.
+    """L2 norm over a batch's tokens of what each slot hands on, mean over batches; L2 over slots.
 
     Minitron: Muralidharan et al., 2024, https://arxiv.org/abs/2407.14679.
     """
@@ -184,7 +185,9 @@ def _placed(named: NamedAxes, dim: Dimension, place: Contraction, array: np.ndar
 def _absolute_sums(sources: Sources, place: Contraction) -> np.ndarray:
     """Sum of |W| for each slot of the contracted axis: [n], or [experts, n]."""
     path, axis = place.weight
-    weight = mx.abs(sources.fetch([path])[path].astype(mx.float32))
+    weight = sources.fetch([path])[path].astype(mx.float32)
+    check_parameter(path, weight)
+    weight = mx.abs(weight)
     keep = {axis, 0} if place.experts is not None else {axis}
     rest = [k for k in range(weight.ndim) if k not in keep]
     return np.array(weight.sum(axis=rest) if rest else weight, dtype=np.float64)

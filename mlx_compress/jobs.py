@@ -14,6 +14,7 @@ from rich.table import Table
 from . import recipe
 from .allocate import family
 from .axes import NamedAxes
+from .bridges.measure import evaluate_folders
 from .checkpoint import check_free
 from .options import Options
 from .plan import PrunePlan
@@ -93,7 +94,7 @@ def evaluate(
         err.print(f"note: {note}")
     with progress_bars() as progress:
         pair = (parent, opened) if parent else (opened, None)
-        report = recipe.evaluate_folders(*pair, windows, options, progress=progress)
+        report = evaluate_folders(*pair, windows, options, progress=progress)
     if output:
         write_report(report, output)
     if as_json:

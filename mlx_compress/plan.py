@@ -70,6 +70,10 @@ class PrunePlan:
         """How many units of a dimension are left."""
         return self.cuts[name].kept if name in self.cuts else size
 
+    def counts(self) -> dict[str, int]:
+        """How many units are left of each dimension that the plan cuts."""
+        return {cut.name: cut.kept for cut in self}
+
     def to_json(self) -> dict:
         cuts = [{k: v for k, v in asdict(cut).items() if v not in (None, ())} for cut in self]
         return {"format": FORMAT, "recipe": dict(self.recipe), "dimensions": cuts}

@@ -79,7 +79,7 @@ def numbers(node, path: Path = ()) -> Iterator[tuple[Path, int | float]]:
     """Every number below a JSON value, with its path."""
     if is_number(node):
         yield path, node
-    elif isinstance(node, dict | list | tuple):
+    elif isinstance(node, dict | list):
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             yield from numbers(value, (*path, key))
 

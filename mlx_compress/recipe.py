@@ -2,6 +2,7 @@
 measure. Only this file knows the order; the steps meet in plain data.
 """
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -9,11 +10,20 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
-from .allocate import Request, block_parameters, choose, prunable, request
-from .axes import Dimension, NamedAxes, named_axes
+from .allocate import (
+    Request,
+    block_parameters,
+    choose,
+    choose_layers,
+    prunable,
+    prunable_layers,
+    request,
+)
+from .axes import NamedAxes, named_axes
+from .bridges.measure import evaluate_folders
 from .bridges.mlx_lm import LanguageModel, open_model
-from .calibrate import calibrate
 from .checkpoint import (
     RECORD,
     copy_rest,
@@ -25,17 +35,17 @@ from .checkpoint import (
     write_record,
     write_weights,
 )
-from .data import Windows, load_windows
 from .edit import edit_graph
 from .errors import InputError
-from .expressible import fitted_config, snap
-from .importance import CRITERIA, NEEDS_DATA, NEEDS_GRADIENTS, Sources
-from .options import Options
+from .expressible import check_layers, fitted_config, snap
+from .importance import NEEDS_DATA
+from .layers import dropped_parameters, settled
+from .options import KINDS, Options
 from .plan import PrunePlan
 from .prune import picks, prune_array
+from .report import write_report
+from .scoring import PROOF_TOKENS, Text, inspect, layer_scores, read_windows, unit_scores
 from .stream import Progress, silent, stream_forward
-
-PROOF_TOKENS = 16
 
 
 @dataclass
@@ -48,22 +58,19 @@ class Planned:
     notes: list[str] = field(default_factory=list)
 
 
-def inspect(model: LanguageModel) -> NamedAxes:
-    """The named axes of a model, traced at a short length."""
-    return named_axes(model.trace(mx.zeros((1, PROOF_TOKENS), mx.int32)))
-
-
 def make_plan(
     model: LanguageModel,
     options: Options,
     data: str | Path | None = None,
     *,
+    carrier: str | None = None,
     progress: Progress = silent,
 ) -> Planned:
     """Decide what to keep. Reads calibration text where the criterion needs it.
 
     Raises `InputError` before the long part when the request cannot be met: no data, nothing to
-    prune, no stock config that could express the shapes.
+    prune, no stock config that could express the shapes. `carrier` names another stock
+    architecture that is to hold the result.
     """
     options.require_amount()
     if options.importance in NEEDS_DATA and data is None:
@@ -72,63 +79,37 @@ def make_plan(
     notes = list(model.notes)
     if named.unknown:
         notes.append(f"primitives without a rule, left alone: {', '.join(sorted(named.unknown))}")
+    layers = prunable_layers(named, options)
+    dims, wanted = _units(model, named, options, carrier)
+    if layers and carrier is None:
+        check_layers(model, named, layers)
+    notes += wanted.notes
+    text = Text(model, data, options, notes, progress)
+    plan = PrunePlan({}, {k: v for k, v in asdict(options).items() if v is not None})
+    if dims:
+        plan = choose(named, dims, unit_scores(text, dims), wanted, options, plan.recipe)
+    if layers:
+        cuts = plan.cuts | choose_layers(named, layers, layer_scores(text, layers), options)
+        plan = settled(named, PrunePlan(cuts, plan.recipe))
+    return _planned(model, named, plan, notes, carrier)
+
+
+def _units(model, named: NamedAxes, options: Options, carrier: str | None):
+    """The unit dimensions to prune and their counts, snapped to what a config expresses."""
+    if not any(kind in KINDS for kind in options.dims):
+        return [], Request({})
     dims = prunable(named, options)
     wanted = request(named, dims, options)
-    if not options.global_pruning:
-        dims, wanted = snap(model, named, dims, wanted, options)
-    notes += wanted.notes
-    plan = _choose(model, named, dims, wanted, options, data, notes, progress)
-    counts = {cut.name: cut.kept for cut in plan}
+    if options.global_pruning or carrier is not None:
+        return dims, wanted
+    return snap(model, named, dims, wanted, options)
+
+
+def _planned(model, named: NamedAxes, plan: PrunePlan, notes: list[str], carrier) -> Planned:
+    gone = dropped_parameters(named, plan)
+    kept = block_parameters(named, plan.counts(), gone) / block_parameters(named)
     config = fitted_config(model, named, plan)
-    kept = block_parameters(named, counts) / block_parameters(named)
     return Planned(plan, config, kept, notes)
-
-
-def _choose(model, named, dims, wanted: Request, options, data, notes, progress) -> PrunePlan:
-    statistics = None
-    if options.importance in NEEDS_DATA:
-        windows = read_windows(model, data, "calibration", options, notes)
-        named, statistics = _statistics(model, windows, dims, options, progress)
-    sources = Sources(named, tuple(dims), model.fetch, statistics, options.seed)
-    scores = CRITERIA[options.importance](sources)
-    recipe = {k: v for k, v in asdict(options).items() if v is not None}
-    return choose(named, dims, scores, wanted, options, recipe)
-
-
-def read_windows(model, data, split: str, options: Options, notes: list[str]) -> Windows:
-    """Token windows of `--data`; what the reader had to say goes to `notes`."""
-    count = options.calibration_samples if split == "calibration" else options.eval_samples
-    windows = load_windows(
-        data, split, model.tokenizer(), length=options.max_seq_length, count=count,
-        seed=options.seed,
-    )  # fmt: skip
-    if windows.notice:
-        notes.append(windows.notice)
-    return windows
-
-
-def _statistics(model, windows: Windows, dims: list[Dimension], options: Options, progress):
-    """Moments, and Taylor terms where wanted, in float32 over whole batches of windows."""
-    rows = min(options.batch_size, len(windows.tokens))
-    whole = len(windows.tokens) // rows * rows
-    batches = [[mx.array(windows.tokens[k : k + rows])] for k in range(0, whole, rows)]
-    named = named_axes(model.trace(batches[0][0], dtype=mx.float32))
-
-    def loss(b: int, outputs: list[mx.array]) -> mx.array:
-        return next_token_loss(outputs[0], batches[b][0])
-
-    statistics = calibrate(
-        named, batches, model.fetch, dims=[d.name for d in dims],
-        loss=loss if options.importance in NEEDS_GRADIENTS else None, progress=progress,
-    )  # fmt: skip
-    return named, statistics
-
-
-def next_token_loss(logits_BTV: mx.array, tokens_BT: mx.array) -> mx.array:
-    """Sum over tokens of the cross-entropy of each next token, in nats."""
-    logits, targets = logits_BTV[:, :-1].astype(mx.float32), tokens_BT[:, 1:, None]
-    picked = mx.take_along_axis(logits, targets, axis=-1)[..., 0]
-    return (mx.logsumexp(logits, axis=-1) - picked).sum()
 
 
 def save_pruned(
@@ -151,7 +132,7 @@ def save_pruned(
         write_weights(folder, named, planned.plan, model.fetch, dtypes, progress=progress)
         write_config(folder, planned.config)
         copy_rest(model.path, folder)
-        error = _prove(model, named, planned.plan, folder, dtypes)
+        error = _prove(model, planned.plan, folder, dtypes)
         record = {
             "plan": planned.plan.to_json(),
             "parent": parent_record(model.path),
@@ -165,13 +146,12 @@ def save_pruned(
 
 
 def _dtypes(model: LanguageModel) -> dict[str, mx.Dtype]:
-    from mlx.utils import tree_flatten
-
     return {path: array.dtype for path, array in tree_flatten(model.module().parameters())}
 
 
-def _prove(model, named: NamedAxes, plan: PrunePlan, folder: Path, dtypes) -> float:
-    """Compare stock mlx-lm's logits with the edited graph's, on random tokens."""
+def _prove(model, plan: PrunePlan, folder: Path, dtypes) -> float:
+    """Compare stock mlx-lm's logits with the edited graph's, on random tokens, as on disk."""
+    named = named_axes(model.trace(mx.zeros((1, PROOF_TOKENS), mx.int32)))
     vocabulary = named.graph.values[named.graph.outputs[0]].shape[-1]
     tokens = np.random.default_rng(0).integers(1, vocabulary, (1, PROOF_TOKENS)).astype(np.int32)
     graph = edit_graph(named, plan)
@@ -187,54 +167,12 @@ def _prove(model, named: NamedAxes, plan: PrunePlan, folder: Path, dtypes) -> fl
     return prove(folder, mx.array(tokens), logits[0], min(dtypes.values(), key=lambda d: d.size))
 
 
-def apply_plan(model: LanguageModel, plan: PrunePlan) -> Planned:
+def apply_plan(
+    model: LanguageModel, plan: PrunePlan, *, carrier: str | None = None
+) -> Planned:
     """Take a saved plan for this model. Raises `InputError` if it was made for another one."""
     named = inspect(model)
-    config = fitted_config(model, named, plan)
-    counts = {cut.name: cut.kept for cut in plan}
-    kept = block_parameters(named, counts) / block_parameters(named)
-    return Planned(plan, config, kept, list(model.notes))
-
-
-def evaluate_folders(
-    dense: LanguageModel, compressed: LanguageModel | None, windows: Windows, options: Options,
-    *, progress: Progress = silent,
-) -> dict:  # fmt: skip
-    """Measure one or two checkpoints on the same windows: `evaluate.evaluate_pair`'s report."""
-    from .evaluate import EvaluateConfig, evaluate_pair
-
-    config = EvaluateConfig(batch_size=options.batch_size, seed=options.seed)
-    subjects = [None if m is None else _subject(m) for m in (dense, compressed)]
-    report = evaluate_pair(*subjects, windows, config, progress=progress)
-    for name, model in (("dense", dense), ("compressed", compressed)):
-        if model is not None:
-            report[name]["sample"] = sample(model, windows, options.seed)
-    return report
-
-
-def _subject(model: LanguageModel):
-    from mlx_lm.models.cache import make_prompt_cache
-
-    from .evaluate import subject
-
-    module = model.module()
-    if mx.default_device().type == mx.DeviceType.cpu:
-        module.set_dtype(mx.float32)  # half precision is 30 times slower there
-    return subject(module, folder=model.path, make_cache=make_prompt_cache)
-
-
-def sample(model: LanguageModel, windows: Windows, seed: int, *, tokens: int = 40) -> dict:
-    """A continuation of the first words of the evaluation text, sampled at temperature 0.8."""
-    from mlx_lm import generate
-    from mlx_lm.sample_utils import make_sampler
-
-    tokenizer, module = model.tokenizer(), model.module()
-    prompt = windows.tokens[0][: min(12, windows.tokens.shape[1] // 2)].tolist()
-    mx.random.seed(seed)
-    text = generate(
-        module, tokenizer, prompt, max_tokens=tokens, sampler=make_sampler(temp=0.8, top_p=0.95)
-    )
-    return {"prompt": tokenizer.decode(prompt), "continuation": text}
+    return _planned(model, named, settled(named, plan), list(model.notes), carrier)
 
 
 def compress(
@@ -257,16 +195,14 @@ def compress(
     notes: list[str] = []
     windows = read_windows(model, data, "evaluation", options, notes)
     if plan:
-        planned = apply_plan(model, plan)
+        planned = apply_plan(model, plan, carrier=carrier)
     else:
-        planned = make_plan(model, options, data, progress=progress)
+        planned = make_plan(model, options, data, carrier=carrier, progress=progress)
     planned.notes += [note for note in notes if note not in planned.notes]
     on_plan(planned)
     report: dict = {}
 
     def finish(folder: Path) -> dict:
-        from .report import write_report
-
         pruned = open_model(folder)
         report.update(evaluate_folders(model, pruned, windows, options, progress=progress))
         report["kept_block_parameters"] = planned.kept_parameters
@@ -286,8 +222,6 @@ def read_plan(path: str | Path) -> PrunePlan:
     if path.is_dir():
         path = path / RECORD
     if path.name == RECORD:
-        import json
-
         try:
             return PrunePlan.from_json(json.loads(path.read_text(encoding="utf8"))["plan"])
         except (OSError, ValueError, KeyError) as error:

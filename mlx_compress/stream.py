@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from .execute import execute, require_supported
 from .graph import Graph, Node
@@ -18,7 +19,9 @@ from .graph import Graph, Node
 Fetch = Callable[[Iterable[str]], Mapping[str, mx.array]]
 Progress = Callable[[str, int, int], None]
 PIECES = 48  # a segment holds at least this fraction of the weights; smaller ones are joined
-NARROW = 1.5  # a cut may be this much wider than the narrowest
+NARROW = 1.5  # a cut may be this much wider than the narrowest nearby
+NEARBY = 1 / 8  # of the weights, before and after
+SIDES = ((-1, "left"), (1, "right"))
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -143,11 +146,13 @@ def _piece_gradients(graph, piece, weights, reads, taps, incoming, finish):
     floats = [i for i in piece.reads if _floating(graph, i)]
     ends = list(graph.outputs) if finish else [i for i in piece.hands_on if i in incoming]
     shifts = [mx.zeros(graph.values[i].shape, graph.values[i].dtype) for i in taps]
+    whole = [i for node in piece.nodes for i in node.outputs if not _floating(graph, i)]
 
     def run(*arrays):
         known = {**weights, **reads, **dict(zip(floats, arrays, strict=False))}
         moves = zip(taps, arrays[len(floats) :], strict=True)
         edits = {i: (lambda value, move=move: value + move) for i, move in moves}
+        edits |= dict.fromkeys(whole, mx.stop_gradient)  # MLX refuses gradients by indices
         out, kept = execute(graph, piece.nodes, known, outputs=ends, taps=taps, replace=edits)
         return [*([finish(out)] if finish else out), *(kept[i] for i in taps)]
 
@@ -181,7 +186,7 @@ def _nbytes(graph: Graph, value: int) -> int:
 
 
 def _narrow_cuts(graph: Graph, sequence: Sequence[Node], dynamic: set[int]) -> list[int]:
-    """Positions between nodes where little is alive, the inputs' own time aside."""
+    """Positions between nodes where less is alive than around, the inputs' own time aside."""
     last = {i: k for k, node in enumerate(sequence) for i in node.inputs if i in dynamic}
     alive, widths = set(graph.inputs), []
     for k, node in enumerate(sequence):
@@ -189,8 +194,32 @@ def _narrow_cuts(graph: Graph, sequence: Sequence[Node], dynamic: set[int]) -> l
         alive -= {i for i in alive if last.get(i, -1) <= k}
         floats = any(_floating(graph, i) for i in alive)
         widths.append(sum(_nbytes(graph, i) for i in alive) if floats else math.inf)
-    narrowest = min(widths[:-1], default=math.inf)
-    return [k + 1 for k, width in enumerate(widths[:-1]) if width <= NARROW * narrowest]
+    read = np.cumsum(_first_reads(graph, sequence, dynamic))
+    nearby = NEARBY * read[-1] if len(read) else 0
+    low, high = (np.searchsorted(read, read + s * nearby, side) for s, side in SIDES)
+    cuts = []
+    for k, width in enumerate(widths[:-1]):
+        narrowest = min(widths[low[k] : high[k]])
+        if width <= NARROW * narrowest < math.inf:
+            cuts.append(k + 1)
+    return cuts
+
+
+def _first_reads(graph: Graph, sequence: Sequence[Node], dynamic: set[int]) -> list[int]:
+    """For each node, the bytes of the parameters that it is the first to need."""
+    size = {i: _nbytes(graph, i) for i in graph.parameters.values()}
+    maker = {out: node for node in graph.nodes for out in node.outputs}
+    seen, out = set(dynamic), []
+    for node in sequence:
+        waiting, total = list(node.inputs), 0
+        while waiting:
+            value = waiting.pop()
+            if value not in seen:
+                seen.add(value)
+                total += size.get(value, 0)
+                waiting += maker[value].inputs if value in maker else ()
+        out.append(total)
+    return out
 
 
 def _segment(graph, sequence, start: int, end: int, dynamic: set[int]) -> Segment:

@@ -1,14 +1,23 @@
 """Small plain `mlx.nn` models, for tests that hold for any architecture.
 
-    build("resnet_padded")    (the model, example inputs); every parameter is random
+    build("resnet_padded")     the model and example inputs; every parameter is random
+    traced("resnet_padded")    its named axes, the inputs and the parameters by path
+    random_plan(named, dimensions, seed)
 
 Random means that nothing is inert: norm weights, biases and the statistics of BatchNorm all move
 the output. Models are in eval mode, float32, and of sizes that tell their axes apart.
 """
 
+import random
+from functools import cache
+
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlx_compress.axes import NamedAxes, named_axes
+from mlx_compress.graph import trace
+from mlx_compress.plan import Cut, PrunePlan
 
 
 def build(name: str, seed: int = 0) -> tuple[nn.Module, list[mx.array]]:
@@ -22,6 +31,28 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, list[mx.array]]:
     ]
     mx.eval(model.parameters(), arrays)
     return model, arrays
+
+
+@cache
+def traced(name: str) -> tuple[NamedAxes, list[mx.array], dict[str, mx.array]]:
+    """The named axes of a model, its inputs and its parameters; shared, so not to be changed."""
+    model, inputs = build(name)
+    return named_axes(trace(model, *inputs)), inputs, dict(tree_flatten(model.parameters()))
+
+
+def random_plan(named: NamedAxes, dimensions, seed: int, *, least: int = 1) -> PrunePlan:
+    """Keeps a random part of each dimension, `least` units or more, but never all.
+
+    Where units are chosen anew for each unit of another dimension, so they are here.
+    """
+    rng = random.Random(seed)
+    cuts = {}
+    for d in dimensions:
+        count = rng.randint(least, d.size - 1)
+        rows = named.dimensions[d.within].size if d.within else 1
+        keep = [sorted(rng.sample(range(d.size), count)) for _ in range(rows)]
+        cuts[d.name] = Cut(d.name, d.kind, d.size, keep if d.within else keep[0], d.within, d.slots)
+    return PrunePlan(cuts)
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -157,7 +188,7 @@ class FusedLayer(nn.Module):
             for part in mx.split(self.qkv(self.norm1(x)), 3, axis=-1)
         )
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-        x = x + self.out(y.transpose(0, 2, 1, 3).reshape(x.shape))
+        x = x + self.out(y.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
         gate, up = mx.split(self.gate_up(self.norm2(x)), 2, axis=-1)
         return x + self.down(nn.silu(gate) * up)
 

@@ -68,3 +68,50 @@ def live_bytes(nodes, sizes, inputs, outputs, resident):
         kept = {buffer[value] for value in needed if value in buffer}
         memory = {owner: size for owner, size in memory.items() if owner in kept}
     return history[1:]
+
+
+def survivors(shape, coordinates, cuts):
+    """For each slot of a parameter, whether all units that it belongs to are kept.
+
+    `coordinates` gives, for each axis, {dimension: unit of each slot, or -1}.
+    """
+    alive = np.ones(shape, dtype=bool)
+    for index in np.ndindex(*shape):
+        units = [
+            {name: int(of[i]) for name, of in axis.items()}
+            for i, axis in zip(index, coordinates, strict=True)
+        ]
+        for axis in units:
+            for name, unit in axis.items():
+                if name not in cuts or unit < 0:
+                    continue
+                keep, outer = cuts[name].keep, cuts[name].within
+                if outer is not None:
+                    (row,) = {there[outer] for there in (axis, *units) if outer in there}
+                    keep = keep[row]
+                alive[index] &= unit in keep
+    return alive
+
+
+def layer_scores(values, weights):
+    """Scores of a block or a branch from x, the terms that it adds, and the slopes at them."""
+    x, outs, slopes = values
+    turned, grown, count = 0.0, 0.0, 0
+    for at in np.ndindex(*x.shape[:-1]):
+        before = [float(v) for v in x[at]]
+        added = [sum(float(out[at][j]) for out in outs) for j in range(x.shape[-1])]
+        after = [a + b for a, b in zip(before, added, strict=True)]
+        norms = [math.sqrt(sum(v * v for v in each)) for each in (before, added, after)]
+        dot = sum(a * b for a, b in zip(before, after, strict=True))
+        turned += 1 - dot / (norms[0] * norms[2])
+        grown += norms[1] / norms[0]
+        count += 1
+    change = 0.0
+    for n in range(len(x)):
+        change += abs(sum(float((o[n] * s[n]).sum()) for o, s in zip(outs, slopes, strict=True)))
+    return {
+        "magnitude": math.sqrt(sum(float((w.astype(float) ** 2).sum()) for w in weights)),
+        "activation": turned / count,
+        "wanda": grown / count,
+        "taylor": change / len(x),
+    }

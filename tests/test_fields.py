@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 
 import hypothesis.strategies as st
 import mlx.core as mx
@@ -420,7 +421,8 @@ def offered(config: dict, target: Shapes) -> list[dict]:
     return seen
 
 
-MHA = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"} | {"head_dim": 16}
+BARE = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+MHA = BARE | {"head_dim": 16}
 THREE_HEADS = {("q_proj.weight", 0): 48, ("o_proj.weight", 1): 48} | {
     ("k_proj.weight", 0): 48,
     ("v_proj.weight", 0): 48,
@@ -435,6 +437,12 @@ def test_fewer_heads_are_offered_before_narrower_ones(kv_heads):
         edited(config, num_attention_heads=3, num_key_value_heads=kv_heads and 3),
         edited(config, head_dim=12),
     ]
+
+
+def test_only_the_optional_fields_that_are_needed_become_explicit():
+    assert {("head_dim",), ("num_key_value_heads",)} < set(optional_fields(BARE))
+    found = fit(BARE, resized(shapes_of(BARE), THREE_HEADS))
+    assert found == edited(BARE, num_attention_heads=3, head_dim=16)
 
 
 def test_accept_can_compare_what_the_candidate_computes():
@@ -518,6 +526,22 @@ def test_layers_that_want_different_widths_are_named_with_the_field_they_share()
 def test_gpt2_has_no_number_for_its_mlp_alone():
     with pytest.raises(Inexpressible, match="n_embd would have to be 60, 64 at once"):
         fit(GPT2, replaced(shapes_of(GPT2), {256: 240}))
+
+
+def test_a_layer_that_the_order_of_kinds_needs_can_not_be_dropped():
+    def alternating(config):
+        kinds = ["conv" if i % config["period"] else "attention" for i in range(config["depth"])]
+        return {f"layers.{i}.{kind}": (8, 8) for i, kind in enumerate(kinds)}
+
+    config, layers = {"depth": 6, "period": 3, "width": 8}, {"layers": [0, 1, 3, 4, 5]}
+    target = without_layers(alternating(config), layers)
+    with pytest.raises(Inexpressible, match="drops just these layers") as error:
+        fit_config(config, alternating, target, layers=layers)
+    assert all(None in pair for pair in error.value.conflicts.values())
+    layers = {"layers": [0, 1, 3, 4]}
+    target = without_layers(alternating(config), layers)
+    found = fit_config(config, alternating, target, layers=layers)
+    assert found == {"depth": 4, "period": 2, "width": 8}
 
 
 def test_a_target_with_other_parameters_or_ranks_is_refused():
@@ -628,6 +652,42 @@ def test_heads_and_their_width_may_both_change():
 
     config, truth = {"heads": 4, "nope": 20, "v": 12}, {"heads": 3, "nope": 20, "v": 8}
     assert fit_config(config, shapes, shapes(truth)) == truth
+
+
+def attention(config):
+    """Heads of an even width, with one number for each head."""
+    if config["width"] % 2:
+        raise ValueError("not valid")
+    heads, kv_heads, width = config["heads"], config["kv_heads"], config["width"]
+    return {"q": (heads * width, 64), "k": (kv_heads * width, 64), "sinks": (heads,)}
+
+
+def test_a_field_is_probed_anew_where_another_has_changed_what_it_moves():
+    config, truth = ({"heads": n, "kv_heads": 2, "width": m} for n, m in ((4, 24), (3, 12)))
+    assert fit_config(config, attention, attention(truth)) == truth
+
+
+def test_a_count_does_not_grow_to_make_up_for_another_field():
+    def shapes(config):
+        return {name: shape for name, shape in attention(config).items() if name != "sinks"}
+
+    config = {"heads": 4, "kv_heads": 2, "width": 24}
+    truth = {"heads": 2, "kv_heads": 2, "width": 18}  # not 4 heads of 9, and 4 kv heads
+    assert fit_config(config, shapes, shapes(truth)) == truth
+
+
+@pytest.mark.parametrize(
+    "width, start, wanted, found",
+    [
+        (lambda v: int(v * 100), 0.5, 29, 0.295),  # int(0.29 * 100) is 28
+        (lambda v: math.ceil(v * 100), 0.5, 7, 0.065),  # math.ceil(0.07 * 100) is 8
+        (lambda v: v * v, 10, 64, 8),
+    ],
+    ids=["floor", "ceil", "square"],
+)
+def test_a_field_that_is_no_straight_line_is_hit_by_other_tries(width, start, wanted, found):
+    shapes = lambda config: {"w": (width(config["v"]), 8)}  # noqa: E731
+    assert fit_config({"v": start}, shapes, {"w": (wanted, 8)}) == {"v": found}
 
 
 @st.composite

@@ -167,9 +167,16 @@ def test_an_error_within_the_call_is_told_with_its_place():
     with pytest.raises(TraceError, match=rf":{line} .*\[matmul\]"):
         trace(lambda x: x @ mx.ones((7, 7)), X)
 
+    def refuses(x):
+        raise ValueError("too wide\nand too deep")
+
+    with pytest.raises(TraceError, match="refuses cannot be traced at .*: too wide$"):
+        trace(refuses, X)
+
 
 def test_a_primitive_that_mlx_cannot_record_is_named():
-    with pytest.raises(TraceError, match="BitwiseInvert.* MLX cannot record it"):
+    expected = r"^bitwise_invert cannot be traced: .*BitwiseInvert MLX cannot record it"
+    with pytest.raises(TraceError, match=expected):
         trace(mx.bitwise_invert, mx.array([1, 2]))
 
 

@@ -1,0 +1,223 @@
+"""The whole road on one architecture of the zoo, and the table of what came out of it.
+
+    check("llama", folder)    write, open, trace, prune, save, reload: a `Row`
+
+A kind of dimension is "ok" when a quarter of its channels (one head of each layer, one expert) was
+removed, stock mlx-lm opened the result, and its logits equal those of the model in which the
+removed units are zero (the router never picks the removed expert). Otherwise it says why not.
+"""
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+import zoo
+from mlx_compress import checkpoint
+from mlx_compress.allocate import Request, choose, family, request
+from mlx_compress.axes import Dimension, NamedAxes, named_axes, reads
+from mlx_compress.bridges.mlx_lm import LanguageModel, open_model
+from mlx_compress.errors import InputError
+from mlx_compress.execute import run
+from mlx_compress.expressible import fitted_config, snap
+from mlx_compress.fields import Inexpressible
+from mlx_compress.graph import TraceError
+from mlx_compress.importance import Sources, random
+from mlx_compress.options import Options
+from mlx_compress.plan import PrunePlan
+from mlx_compress.prune import zero_parameters
+
+TOLERANCE = 1e-4
+LENGTH = 7
+REMOVED = {"channels": 0.25, "heads": 0.3, "query_heads": 0.3, "experts": 0.17}  # one of 2 to 5, 6
+FREE_KINDS = ("channels", "heads", "query_heads", "head_dim", "experts", "width")
+OK, NONE = "ok", "-"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out for one architecture: `error` is the largest relative error of all logits."""
+
+    name: str
+    free: tuple[str, ...]
+    channels: str
+    heads: str
+    experts: str
+    error: float
+
+
+def check(name: str, folder: Path) -> Row:
+    """Prune the architecture in every way it allows; checkpoints are written below `folder`."""
+    module = zoo.build(name)
+    tokens = mx.array(np.random.default_rng(len(name)).integers(1, 97, (1, LENGTH)), mx.int32)
+    model = open_model(write_stock(folder / "dense", name, module))
+    dense = logits(model.module(), tokens)
+    error = relative(dense, logits(module, tokens))
+    try:
+        named = named_axes(model.trace(mx.zeros((1, LENGTH), mx.int32)))
+    except TraceError as refused:
+        return Row(name, (), *[reason_of(refused)] * 3, error)
+    bench = Bench(folder, model, named, tokens, dense)
+    outputs, _ = run(named.graph, [tokens], bench.parameters())
+    errors = [error, relative(outputs[0], dense)]
+    channels, heads = bench.expressed("channels"), bench.heads()
+    experts = bench.expressed("experts")
+    for parts in bench.together([channels, heads]):
+        errors.append(bench.equals_zeroing(parts))
+    if experts.dims:
+        errors.append(bench.equals_never_choosing(experts))
+    free = tuple(kind for kind in FREE_KINDS if named.free((kind,)))
+    return Row(name, free, channels.said, heads.said, experts.said, max(errors))
+
+
+def write_stock(folder: Path, name: str, module) -> Path:
+    """The checkpoint as stock mlx-lm keeps it."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(zoo.CONFIGS[name]))
+    arrays = dict(tree_flatten(module.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
+    return folder
+
+
+def logits(module, tokens: mx.array) -> mx.array:
+    out = module(tokens)
+    return out[0] if isinstance(out, tuple | list) else out
+
+
+def relative(got: mx.array, wanted: mx.array) -> float:
+    """The largest difference over the largest entry; infinite for other shapes or not numbers."""
+    if got.shape != wanted.shape or not mx.isfinite(got).all().item():
+        return float("inf")
+    return (mx.abs(got - wanted).max() / mx.abs(wanted).max()).item()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Dimensions to prune, how many units of each to keep, and what there is to say about it."""
+
+    dims: list[Dimension]
+    wanted: Request | None
+    said: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An opened checkpoint, its axes, and its logits at some tokens."""
+
+    folder: Path
+    model: LanguageModel
+    named: NamedAxes
+    tokens: mx.array
+    dense: mx.array
+
+    def parameters(self) -> dict[str, mx.array]:
+        return dict(tree_flatten(self.model.module().parameters()))
+
+    def expressed(self, kind: str) -> Part:
+        """What of this kind can be pruned so that a stock config tells it."""
+        dims = [d for d in self.named.free((kind,)) if d.size > 1]
+        if kind != "experts":  # their softmax runs over all of them; the router is masked instead
+            dims = [d for d in dims if d.exact]
+        if not dims:
+            return Part([], None, NONE)
+        options = Options(pruning_ratio=REMOVED[kind], dims=(kind,))
+        try:
+            kept, wanted = snap(self.model, self.named, dims, request(self.named, dims, options), options)
+        except InputError as error:
+            return Part([], None, reason_of(error))
+        whole = {family(d)[0] for d in dims} - {family(d)[0] for d in kept}
+        return Part(kept, wanted, f"{OK}, but for {', '.join(sorted(whole))}" if whole else OK)
+
+    def heads(self) -> Part:
+        """Whole KV groups, or query heads where these cannot go."""
+        groups = self.expressed("heads")
+        if groups.dims:
+            return groups
+        queries = self.expressed("query_heads")
+        return queries if queries.dims or groups.said == NONE else groups
+
+    def together(self, parts: list[Part]) -> list[list[Part]]:
+        """One plan for all the parts where a config tells them together, else one for each."""
+        parts = [part for part in parts if part.dims]
+        try:
+            fitted_config(self.model, self.named, self.plan(parts))
+        except Inexpressible:
+            return [[part] for part in parts]
+        return [parts] if parts else []
+
+    def plan(self, parts: list[Part]) -> PrunePlan:
+        """Units at random, others in each layer."""
+        dims = [d for part in parts for d in part.dims]
+        wanted = Request({k: n for part in parts for k, n in part.wanted.counts.items()})
+        scores = random(Sources(self.named, tuple(dims), self.model.fetch))
+        return choose(self.named, dims, scores, wanted, Options(pruning_ratio=0.25))
+
+    def equals_zeroing(self, parts: list[Part]) -> float:
+        """How far stock mlx-lm's logits of the pruned checkpoint are from the zeroed model's."""
+        plan = self.plan(parts)
+        zeroed = self.model.module()
+        parameters = zero_parameters(self.named, plan, self.parameters())
+        zeroed.update(tree_unflatten(list(parameters.items())))
+        return self.differ(self.reloaded(plan), logits(zeroed, self.tokens))
+
+    def equals_never_choosing(self, part: Part) -> float:
+        """The same, from the dense graph whose router never chooses the removed experts."""
+        plan = self.plan([part])
+        masked = run(self.named.graph, [self.tokens], self.parameters(), replace=masks(self.named, plan))
+        return self.differ(self.reloaded(plan), masked[0][0])
+
+    def differ(self, pruned: mx.array, oracle: mx.array) -> float:
+        assert relative(oracle, self.dense) > 10 * TOLERANCE, "the cut changes nothing"
+        return relative(pruned, oracle)
+
+    def reloaded(self, plan: PrunePlan) -> mx.array:
+        """Write the pruned checkpoint, let stock mlx-lm open it, and compute."""
+        from mlx_lm.utils import load_model
+
+        folder = self.folder / "pruned"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        dtypes = {path: array.dtype for path, array in self.parameters().items()}
+        checkpoint.write_weights(folder, self.named, plan, self.model.fetch, dtypes)
+        checkpoint.write_config(folder, fitted_config(self.model, self.named, plan))
+        checkpoint.copy_rest(self.model.path, folder)
+        return logits(load_model(folder)[0], self.tokens)
+
+
+NEVER = 1e9  # finite: minus infinity times zero would be no number
+
+
+def masks(named: NamedAxes, plan: PrunePlan) -> dict[int, Callable[[mx.array], mx.array]]:
+    """For the router's logits and for what is ranked: the removed experts come last."""
+    graph, readers = named.graph, reads(named.graph)
+    out = {}
+    for node in graph.nodes:
+        if node.op in ("Matmul", "AddMM") and node.outputs[0] not in out:
+            out |= mask(named, plan, node.outputs[0], -NEVER)
+        if node.op == "ArgPartition":
+            chosen = [reader for reader in readers[node.outputs[0]] if reader.op == "Slice"]
+            lowest = all(reader.attributes[0][-1] == 0 for reader in chosen)
+            out |= mask(named, plan, node.inputs[0], NEVER if lowest else -NEVER)
+    return out
+
+
+def mask(named: NamedAxes, plan: PrunePlan, value: int, worst: float) -> dict:
+    """`worst` for the removed units along a value's last axis; nothing where there are none."""
+    gone = np.zeros(named.graph.values[value].shape[-1], dtype=bool)
+    for name, units in named.units_along(named.inference.axes[value][-1]).items():
+        if name in plan.cuts:
+            gone |= (units >= 0) & ~plan.cuts[name].mask()[units]
+    if not gone.any():
+        return {}
+    return {value: lambda array: mx.where(mx.array(gone), mx.array(worst, array.dtype), array)}
+
+
+def reason_of(error: Exception) -> str:
+    return str(error)
