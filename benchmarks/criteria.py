@@ -31,7 +31,7 @@ from ..options import Options
 from ..plan import PrunePlan
 from ..prune import picks, prune_array
 from ..report import machine, write_report
-from ..scoring import Text, collect, inspect, read_windows
+from ..scoring import Text, inspect, read_windows, unit_scores
 
 EVAL_BATCH = 8
 
@@ -165,7 +165,7 @@ def summary(result: dict) -> tuple[list[str], list[list[str]]]:
         cells = [_cell([r for r in group if r["asked"] == aim]) for aim in aims]
         seconds = np.mean([r["seconds"] for r in group])
         peak = max(r["peak_bytes"] for r in group) / 1e6
-        body.append([criterion, *cells, f"{seconds:.1f}", f"{peak:.3g}"])
+        body.append([criterion, *cells, f"{seconds:.1f}", f"{peak:,.1f}"])
     return head, body
 
 

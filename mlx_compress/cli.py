@@ -27,8 +27,9 @@ def _config(ctx: typer.Context, path: Path | None) -> Path | None:
         return None
     from .settings import read_settings
 
-    names = {p.name: p for p in ctx.command.params if p.name not in ("config", "help")}
-    ctx.default_map = {**(ctx.default_map or {}), **read_settings(path, names)}
+    options = [p for p in ctx.command.params if p.name not in ("config", "help")]
+    known = {opt.lstrip("-"): p for p in options for opt in p.opts}
+    ctx.default_map = {**(ctx.default_map or {}), **read_settings(path, known)}
     return path
 
 

@@ -61,7 +61,7 @@ def activation(sources: Sources) -> Scores:
 
 
 def wanda(sources: Sources) -> Scores:
-    """Sum over the unit's slots of |W| * ||x||, W the weights that read the unit.
+    """Sum over the unit's slots and the weights W that read them of |W| * ||x||.
 
     The structured form of Sun et al., 2023, https://arxiv.org/abs/2306.11695.
     """
@@ -75,7 +75,7 @@ def wanda(sources: Sources) -> Scores:
             weights[place.weight] = _absolute_sums(sources, place)
         return weights[place.weight] * norm
 
-    return _over_contractions(sources, score)
+    return _over_contractions(sources, score, each_weight=True)
 
 
 def taylor(sources: Sources) -> Scores:
@@ -153,14 +153,20 @@ def _over_contractions(
     sources: Sources,
     score: Callable[[Contraction, Moments], np.ndarray],
     finish: Callable[[np.ndarray], np.ndarray] = lambda total: total,
+    *,
+    each_weight: bool = False,
 ) -> Scores:
-    """Sum `score(contraction, moments)`, per slot, over every place that reads a dimension."""
+    """Sum `score(contraction, moments)`, per slot, over every place that reads a dimension.
+
+    A place is a value, which several weights may read; with `each_weight`, each of these is one.
+    """
     named, held = sources.named, sources.statistics.moments
     by_dim = consumers(named, [d.name for d in sources.dims])
     out = {}
     for d in sources.dims:
         total = np.zeros(_shape(named, d))
-        for place in by_dim[d.name]:
+        places = by_dim[d.name] if each_weight else {p.key: p for p in by_dim[d.name]}.values()
+        for place in places:
             array = score(place, held[place.key])
             total += unit_sums(named, d, *_placed(named, d, place, array))
         if not by_dim[d.name]:

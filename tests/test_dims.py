@@ -100,6 +100,14 @@ def test_axes_that_cannot_be_cut_alike_are_frozen():
     assert reasons(left) == reasons(right) == ["cut in ways that do not fit together"] * 2
 
 
+def test_segments_that_cannot_be_cut_alike_are_frozen_and_their_neighbours_are_not():
+    left, right = new_axis(2) + new_axis(3), new_axis(3) + new_axis(2)
+    first, second = new_axis(5), new_axis(5)
+    unify(sum_axis([left, first]), sum_axis([right, second]))
+    assert reasons(left) == reasons(right) == ["cut in ways that do not fit together"] * 2
+    assert factors(first) == factors(second) and reasons(first) == [None]
+
+
 def test_a_cut_inside_a_product_must_fall_between_its_rows():
     with pytest.raises(Misaligned):
         cut_axis(new_axis(4) + new_axis(3), [5, 7])

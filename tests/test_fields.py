@@ -372,7 +372,7 @@ def test_layers_and_widths_can_go_together():
 
 def test_every_layer_of_openelm_gets_its_own_width_and_heads():
     target = shapes_of(OPENELM)
-    for layer, (ffn, heads, kv_heads) in enumerate([(91, 2, 1), (128, 4, 2), (101, 4, 2)]):
+    for layer, (ffn, heads, kv_heads) in enumerate([(91, 2, 1), (128, 4, 2), (101, 6, 2)]):
         name = f"transformer.layers.{layer}"
         sizes = {
             ("ffn.proj_1.weight", 0): 2 * ffn,
@@ -382,7 +382,7 @@ def test_every_layer_of_openelm_gets_its_own_width_and_heads():
         }
         target = resized(target, {(f"{name}.{end}", axis): n for (end, axis), n in sizes.items()})
     found = fit(OPENELM, target)
-    assert found["num_query_heads"] == [2, 4, 4]
+    assert found["num_query_heads"] == [2, 4, 6]
     assert found["num_kv_heads"] == [1, 2, 2]
     assert [round(m * 64) for m in found["ffn_multipliers"]] == [91, 128, 101]
 

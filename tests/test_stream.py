@@ -230,11 +230,11 @@ def whole_gradients(graph, parameters, batch, loss, taps):
     def run_shifted(*arrays):
         moves = zip(taps, arrays, strict=True)
         edits = {i: (lambda value, move=move: value + move) for i, move in moves}
+        edits |= {i: mx.stop_gradient for i in graph.values if not floats(graph, [i])}
         outputs, kept = run(graph, batch, parameters, taps=taps, replace=edits)
         return loss(outputs), [kept[i] for i in taps]
 
-    gradients = mx.grad(lambda *a: run_shifted(*a)[0], argnums=list(range(len(taps))))(*shifts)
-    values = run_shifted(*shifts)[1]
+    (_, values), gradients = mx.value_and_grad(run_shifted, argnums=list(range(len(taps))))(*shifts)
     return {i: (v, g) for i, v, g in zip(taps, values, gradients, strict=True)}
 
 
