@@ -14,14 +14,16 @@ from pathlib import Path
 import mlx.core as mx
 
 from . import jobs, recipe
-from .axes import named_axes
+from .allocate import choose
 from .checkpoint import check_free
 from .edit import edit_graph
 from .evaluate import compare_scores, score_tokens
 from .execute import run
-from .options import IMPORTANCES, Options
+from .importance import CRITERIA, Sources
+from .options import Options
 from .plan import PrunePlan
 from .prune import prune_parameters
+from .scoring import Text, collect, inspect, read_windows
 
 OPTIONS = Options(
     params=0.7, calibration_samples=32, eval_samples=32, batch_size=8, importance="taylor"
@@ -36,8 +38,7 @@ def run_demo(mlx_path: Path | None) -> None:
     folder = Path(str(files("mlx_compress") / "assets"))
     model = recipe.open_model(folder / "books5m")
     jobs.out.rule("What can be pruned in a Llama of 5.5M parameters")
-    named = recipe.inspect(model)
-    jobs.out.print(jobs.axes_table(named))
+    jobs.out.print(jobs.axes_table(inspect(model)))
     jobs.out.rule("Keep 70 % of the block parameters, by each criterion")
     plans = _compare(model, folder / "books")
     best = min(plans, key=lambda name: plans[name][0])
@@ -56,34 +57,39 @@ def run_demo(mlx_path: Path | None) -> None:
 
 def _compare(model, data: Path) -> dict[str, tuple[float, PrunePlan]]:
     """Loss after pruning by each criterion, on one calibration; prints the table."""
-    notes: list[str] = []
-    test = recipe.read_windows(model, data, "evaluation", OPTIONS, notes)
+    test = read_windows(model, data, "evaluation", OPTIONS, [])
     table = jobs.table("criterion", "nats/token", "perplexity", "more than dense (95 %)", "s")
-    plans = {}
     with jobs.progress_bars() as progress:
-        named, weights = _in_float32(model, test.tokens[: OPTIONS.batch_size])
-        dense = score_tokens(_logits(named.graph, weights), test.tokens, OPTIONS.batch_size)
+        text = Text(model, data, OPTIONS, [], progress)
+        named, tokens = text.named, test.tokens
+        dims, wanted = recipe.units(model, inspect(model), OPTIONS)
+        started = time.perf_counter()
+        sources = Sources(named, tuple(dims), model.fetch, collect(text, dims))
+        calibrated = time.perf_counter() - started
+        weights = _in_float32(model, named)
+        dense = score_tokens(_logits(named.graph, weights), tokens, OPTIONS.batch_size)
         table.add_row("(dense)", *_figures(dense, dense, test))
-        for k, name in enumerate(IMPORTANCES):
+        plans = {}
+        for k, name in enumerate(CRITERIA):
             started = time.perf_counter()
-            planned = recipe.make_plan(model, replace(OPTIONS, importance=name), data)
+            plan = choose(named, dims, CRITERIA[name](sources), wanted, OPTIONS)
             seconds = time.perf_counter() - started
-            pruned = prune_parameters(named, planned.plan, weights)
-            graph = edit_graph(named, planned.plan)
-            scores = score_tokens(_logits(graph, pruned), test.tokens, OPTIONS.batch_size)
-            plans[name] = (float(scores[0].mean()), planned.plan)
+            pruned = prune_parameters(named, plan, weights)
+            logits = _logits(edit_graph(named, plan), pruned)
+            scores = score_tokens(logits, tokens, OPTIONS.batch_size)
+            plans[name] = (float(scores[0].mean()), plan)
             table.add_row(name, *_figures(dense, scores, test), f"{seconds:.1f}")
-            progress("criteria", k + 1, len(IMPORTANCES))
+            progress("criteria", k + 1, len(CRITERIA))
     jobs.out.print(table)
+    jobs.out.print(f"One calibration for all: {calibrated:.1f} s, {tokens.size:,} tokens.")
     return plans
 
 
-def _in_float32(model, tokens):
-    named = named_axes(model.trace(mx.array(tokens), dtype=mx.float32))
-    weights = model.fetch(named.graph.parameters)
-    weights = {path: array.astype(mx.float32) for path, array in weights.items()}
+def _in_float32(model, named):
+    arrays = model.fetch(named.graph.parameters)
+    weights = {path: array.astype(mx.float32) for path, array in arrays.items()}
     mx.eval(weights)
-    return named, weights
+    return weights
 
 
 def _logits(graph, weights):

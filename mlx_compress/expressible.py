@@ -1,13 +1,14 @@
 """What a stock config can express, asked before the work begins.
 
 A request for counts is tried as it stands. Where no config gives those shapes, each family of
-dimensions is tried alone and moved to the nearest count that works, or left whole; what was
-changed is said. The models built from candidate configs are traced and compared with the edited
+dimensions that the nearest config gets wrong is tried alone and moved to the nearest count that
+works, or left whole; what was changed is said. The models built from candidate configs are traced and compared with the edited
 graph, as equal shapes alone do not mean the same computation (3 heads of 16, or 4 of 12?).
 """
 
 import math
 from collections.abc import Iterable
+from functools import cache
 
 import mlx.core as mx
 
@@ -38,17 +39,21 @@ def fitted_config(model, named: NamedAxes, plan: PrunePlan) -> dict:
     target = {
         new: named.sizes_after(path, counts) for path, new in renamed_paths(named, plan).items()
     }
-    try:
-        wanted = edit_graph(named, plan)
-    except InputError:  # a ranking over a pruned dimension: only shapes can be compared
-        wanted = None
     tokens = mx.zeros(named.graph.values[named.graph.inputs[0]].shape, mx.int32)
+
+    @cache
+    def edited() -> Graph | None:
+        try:
+            return edit_graph(named, plan)
+        except InputError:  # a ranking over a pruned dimension: only shapes can be compared
+            return None
 
     def accept(config: dict) -> bool:
         try:
             graph = model.trace_config(config, tokens)
         except (ValueError, TypeError, IndexError, ZeroDivisionError):
             return False
+        wanted = edited()
         return wanted is None or computes_alike(graph, wanted)
 
     return fit_config(
@@ -90,59 +95,85 @@ def snap(
 ) -> tuple[list[Dimension], Request]:
     """The dimensions that can be pruned, with counts that some stock config expresses.
 
+    The families that the nearest config gets wrong are moved or left whole, until the rest fits.
     Raises `InputError` when nothing of the request can be expressed.
     """
-    if _works(model, named, dims, wanted.counts):
-        return dims, wanted
-    families = _families(dims)
-    moved: dict[tuple, int] = {}
-    for key, group in families.items():
-        if not _works(model, named, group, wanted.counts):
-            moved[key] = _nearest(model, named, group, wanted.counts[group[0].name])
-    whole = [key for key, count in moved.items() if count == key[1]]
-    kept = [d for d in dims if family(d) not in whole]
-    notes = [f"{name}: no stock config can shrink it alone; left whole" for name, _ in whole]
-    if not kept:
-        raise InputError(_refusal(model, options, families))
-    wanted = request(named, kept, options) if whole else wanted
-    for key, count in moved.items():
-        if key not in whole:
-            asked = wanted.counts[families[key][0].name]
-            notes.append(f"{key[0]}: {count} of {key[1]} kept, the config cannot express {asked}")
-            wanted.counts |= {d.name: count for d in families[key]}
-    kept = _jointly(model, named, kept, wanted, notes, options)
-    wanted.notes = [*wanted.notes, *notes]
-    return kept, wanted
-
-
-def _jointly(model, named, dims, wanted: Request, notes: list[str], options) -> list[Dimension]:
-    """Leave families whole, the least useful first, until the rest fits together."""
-    while not _works(model, named, dims, wanted.counts):
+    asked, notes = _families(dims), []
+    moved: dict[tuple, int] = {}  # families whose count had to change; their size: left whole
+    fine: set[tuple] = set()  # families that a config expresses by themselves
+    while conflict := _conflict(model, named, dims, wanted.counts):
         families = _families(dims)
-        if len(families) == 1:
-            raise InputError(_refusal(model, options, families))
-        worst = max(families, key=lambda key: KEEP_LONGEST.index(families[key][0].kind))
-        notes.append(f"{worst[0]}: no stock config can shrink it with the others; left whole")
-        dims = [d for d in dims if family(d) != worst]
-        wanted.counts = {d.name: wanted.counts[d.name] for d in dims}
-    return dims
+        fresh = [key for key in _suspects(families, conflict) if key not in fine | moved.keys()]
+        for key in fresh:
+            alone = conflict if len(families) == 1 else None
+            count = _alone(model, named, families[key], wanted.counts, notes, alone)
+            moved |= {key: count} if count else {}
+            fine |= set() if count else {key}
+        if not fresh:
+            worst = max(families, key=lambda key: KEEP_LONGEST.index(families[key][0].kind))
+            moved[worst] = worst[1]
+            notes.append(f"{worst[0]}: no stock config can shrink it with the others; left whole")
+        dims = [d for d in dims if moved.get(family(d)) != d.size]
+        if not dims:
+            raise InputError(_refusal(model, options, asked, conflict))
+        if options.params is not None and len(_families(dims)) < len(families):
+            wanted, fine = request(named, dims, options), set()
+        counts = {d.name: moved.get(family(d), wanted.counts[d.name]) for d in dims}
+        wanted = Request(counts, _about(dims, wanted.notes))
+    return dims, Request(wanted.counts, [*wanted.notes, *notes])
 
 
-def _refusal(model, options: Options, families: Iterable[tuple]) -> str:
-    names = ", ".join(name for name, _ in families)
-    kind = model.config.get("model_type")
-    return (
-        f"no config of {kind!r} in stock mlx-lm can express smaller {names}; choose other "
-        f"dimensions with --dims (now {','.join(options.dims)})."
-    )
-
-
-def _works(model, named: NamedAxes, dims: list[Dimension], counts: Counts) -> bool:
+def _conflict(
+    model, named: NamedAxes, dims: Iterable[Dimension], counts: Counts
+) -> Inexpressible | None:
+    """Why no config expresses these counts, or None if one does."""
     try:
         fitted_config(model, named, stand_in(named, {d.name: counts[d.name] for d in dims}))
-    except Inexpressible:
-        return False
-    return True
+    except Inexpressible as conflict:
+        return conflict
+    return None
+
+
+def _suspects(families: dict[tuple, list[Dimension]], conflict: Inexpressible) -> list[tuple]:
+    """The families on axes that the nearest config gets wrong, or else all."""
+    wrong = {
+        (path, axis)
+        for path, (asked, has) in conflict.conflicts.items()
+        for axis, (a, b) in enumerate(zip(asked or (), has or (), strict=False))
+        if a != b
+    }
+    blamed = [key for key, group in families.items() if any(wrong & {*d.slots} for d in group)]
+    return blamed or list(families)
+
+
+def _alone(model, named, group: list[Dimension], counts: Counts, notes, conflict) -> int | None:
+    """The count that a family must take, or None if it is fine as it is; says so in `notes`."""
+    name, size = family(group[0])
+    conflict = conflict or _conflict(model, named, group, counts)
+    if conflict is None:
+        return None
+    asked = counts[group[0].name]
+    near = _nearest(model, named, group, asked)
+    if near == size:
+        notes.append(f"{name}: no stock config can shrink it, {conflict.reason}; left whole")
+    else:
+        notes.append(f"{name}: {near} of {size} kept, the config cannot express {asked}")
+    return near
+
+
+def _about(dims: Iterable[Dimension], notes: Iterable[str]) -> list[str]:
+    """The notes that are not about other dimensions."""
+    names = {family(d)[0] for d in dims}
+    return [n for n in notes if n.startswith("--") or n.partition(": ")[0] in names]
+
+
+def _refusal(model, options: Options, families: Iterable[tuple], conflict: Inexpressible) -> str:
+    names = ", ".join(dict.fromkeys(name for name, _ in families))
+    return (
+        f"no config of {model.config.get('model_type')!r} in stock mlx-lm can express smaller "
+        f"{names}: {conflict.reason}; choose other dimensions with --dims (now "
+        f"{','.join(options.dims)})."
+    )
 
 
 def stand_in(named: NamedAxes, counts: Counts) -> PrunePlan:

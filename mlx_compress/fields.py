@@ -37,11 +37,13 @@ class Inexpressible(InputError):
 
     `conflicts` maps each parameter that differs in the nearest model to (wanted shape, nearest
     shape or None). It is empty where models of the right shapes were found, but `accept` took none.
+    `reason` is the part of the message that says what is in the way.
     """
 
-    def __init__(self, message: str, conflicts: dict | None = None):
+    def __init__(self, message: str, conflicts: dict | None = None, reason: str | None = None):
         super().__init__(message)
         self.conflicts = conflicts or {}
+        self.reason = reason or message
 
 
 def always(config: dict) -> bool:
@@ -83,9 +85,11 @@ def fit_config(
                     return candidate
         if not found:  # the other ways to number the layers have the same shapes
             raise refusal(build, *nearest, target)
+    reason = f"with {changes(config, found[0])} it computes something else"
     raise Inexpressible(
         f"{len(found)} configs give the wanted shapes, but none computes what was asked for; "
-        f"the first one sets {changes(config, found[0])}."
+        f"the first one sets {changes(config, found[0])}.",
+        reason=reason,
     )
 
 
@@ -210,19 +214,23 @@ def refusal(build: Build, config: dict, shapes: Shapes, target: Shapes) -> Inexp
     if shapes.keys() != target.keys():
         reason = "no reading of what it says per layer drops just these layers"
     else:
-        reasons = (clash(build, config, target, axis) for axis in wrong(shapes, target))
+        known = effects(build, config)
+        reasons = (clash(build, config, target, known, axis) for axis in wrong(shapes, target))
         reason = next(filter(None, reasons), "no number in it sets that alone")
     more = f" ({len(differ) - 1} more parameters differ)" if differ[1:] else ""
     return Inexpressible(
         f"No config gives these shapes: {differ[0]} is asked to be {asked}, the nearest config "
         f"makes it {has}{more}; {reason}. Prune what shares a field alike, or export the graph.",
         conflicts,
+        reason,
     )
 
 
-def clash(build: Build, config: dict, target: Shapes, axis: Axis) -> str | None:
+def clash(
+    build: Build, config: dict, target: Shapes, known: Mapping[Path, Effect], axis: Axis
+) -> str | None:
     """The number of the config of which `axis` and another axis ask for different values."""
-    for effect in effects(build, config).values():
+    for effect in known.values():
         leaf = effect[axis][0] if axis in effect else None
         values = asked(config, build(config), target, effect, leaf)
         if len(values) > 1 and all(v > 0 and v.denominator == 1 for v in values):
@@ -281,8 +289,8 @@ def nearest_expressible(
     grains = {2**i for i in range(units.bit_length())} | {
         g for g in range(1, units + 1) if units % g == 0
     }
-    for grain in sorted(grains):
-        near = max(1, round(keep / grain)) * grain
+    nearest = dict.fromkeys(max(1, round(keep / grain)) * grain for grain in sorted(grains))
+    for near in nearest:
         if near < units and expressible(config, build, slots, units, near, optional=optional):
             return near
     return units

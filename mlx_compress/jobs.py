@@ -20,13 +20,16 @@ from .options import Options
 from .plan import PrunePlan
 from .plan import diff as plan_diff
 from .report import comparison_table, write_report
+from .scoring import inspect as inspect_axes
+from .scoring import read_windows
+from .stream import Progress as Advance
 
 out = Console()
 err = Console(stderr=True)
 
 
 @contextmanager
-def progress_bars() -> Iterator[recipe.Progress]:
+def progress_bars() -> Iterator[Advance]:
     """A bar with an ETA for each stage, on stderr; gone when the stage is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), "eta",
                TimeRemainingColumn())  # fmt: skip
@@ -89,7 +92,7 @@ def evaluate(
     opened = recipe.open_model(model, trust_remote_code=trust)
     parent = recipe.open_model(dense, trust_remote_code=trust) if dense else None
     notes: list[str] = []
-    windows = recipe.read_windows(opened, data, "evaluation", options, notes)
+    windows = read_windows(opened, data, "evaluation", options, notes)
     for note in notes:
         err.print(f"note: {note}")
     with progress_bars() as progress:
@@ -105,7 +108,7 @@ def evaluate(
 
 def inspect(model: str, *, parameters: bool, trust: bool, as_json: bool) -> None:
     """The dimensions of a model."""
-    named = recipe.inspect(recipe.open_model(model, trust_remote_code=trust))
+    named = inspect_axes(recipe.open_model(model, trust_remote_code=trust))
     if as_json:
         print(json.dumps(axes_document(named), indent=1))
         return

@@ -80,7 +80,7 @@ def make_plan(
     if named.unknown:
         notes.append(f"primitives without a rule, left alone: {', '.join(sorted(named.unknown))}")
     layers = prunable_layers(named, options)
-    dims, wanted = _units(model, named, options, carrier)
+    dims, wanted = units(model, named, options, carrier)
     if layers and carrier is None:
         check_layers(model, named, layers)
     notes += wanted.notes
@@ -94,7 +94,7 @@ def make_plan(
     return _planned(model, named, plan, notes, carrier)
 
 
-def _units(model, named: NamedAxes, options: Options, carrier: str | None):
+def units(model, named: NamedAxes, options: Options, carrier: str | None = None):
     """The unit dimensions to prune and their counts, snapped to what a config expresses."""
     if not any(kind in KINDS for kind in options.dims):
         return [], Request({})

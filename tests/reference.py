@@ -115,3 +115,68 @@ def layer_scores(values, weights):
         "wanda": grown / count,
         "taylor": change / len(x),
     }
+
+
+def unit_norms(arrays, unit):
+    """Sum over parameters of the L2 norm of the entries that belong to a unit.
+
+    `unit` maps a parameter's path to {axis: the indices on it}; an axis left out is taken whole.
+    """
+    total = 0.0
+    for path, where in unit.items():
+        square = 0.0
+        for place, x in np.ndenumerate(np.array(arrays[path])):
+            if all(place[axis] in indices for axis, indices in where.items()):
+                square += float(x) ** 2
+        total += math.sqrt(square)
+    return total
+
+
+def handed_on(batches, slots):
+    """L2 over slots of the mean over batches of the L2 norm over a batch's rows, [rows, slots]."""
+    total = 0.0
+    for slot in slots:
+        norms = [math.sqrt(sum(float(row[slot]) ** 2 for row in rows)) for rows in batches]
+        total += (sum(norms) / len(norms)) ** 2
+    return math.sqrt(total)
+
+
+def weight_times_input(weight_ON, batches, slots):
+    """Sum over slots of sum |W| over the outputs, times the L2 norm of the inputs over all rows."""
+    total = 0.0
+    for slot in slots:
+        norm = math.sqrt(sum(float(row[slot]) ** 2 for rows in batches for row in rows))
+        total += sum(abs(float(out[slot])) for out in weight_ON) * norm
+    return total
+
+
+def weight_times_gradient(pairs, slots):
+    """Sum over slots of |sum over outputs of w * dL/dw|; `pairs` of [outputs, slots] add up."""
+    total = 0.0
+    for slot in slots:
+        inner = 0.0
+        for weight_ON, gradient_ON in pairs:
+            for w, g in zip(weight_ON, gradient_ON, strict=True):
+                inner += float(w[slot]) * float(g[slot])
+        total += abs(inner)
+    return total
+
+
+def sums_by_unit(array, coordinates, name, outer, sizes):
+    """Each entry added to the unit of `name` that it belongs to, once for each axis that says so.
+
+    `coordinates` gives, for each axis, {dimension: unit of each slot, or -1}. With `outer` the
+    result is [units of `outer`, units of `name`].
+    """
+    total = np.zeros((sizes[outer], sizes[name]) if outer else sizes[name])
+    for place, x in np.ndenumerate(array):
+        units = [
+            {dim: int(of[i]) for dim, of in axis.items()}
+            for i, axis in zip(place, coordinates, strict=True)
+        ]
+        for axis in units:
+            unit = axis.get(name, -1)
+            row = next((u[outer] for u in units if outer in u), -1) if outer else 0
+            if unit >= 0 and row >= 0:
+                total[(row, unit) if outer else unit] += x
+    return total

@@ -6,9 +6,9 @@ import struct
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_compress.benchmarks import criteria, lean, llama2c
 from mlx_lm.utils import load_model, load_tokenizer
 
-from mlx_compress.benchmarks import criteria, lean, llama2c
 from mlx_compress.errors import InputError
 
 DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, LENGTH = 16, 24, 2, 4, 2, 64

@@ -93,7 +93,7 @@ OPENELM = {
     "ffn_dim_divisor": 1,
     "num_query_heads": [4, 4, 6],
     "num_kv_heads": [2, 2, 3],
-    "ffn_multipliers": [1.5, 2.0, 2.5],  # widths 96, 128, 160
+    "ffn_multipliers": [1.5, 2.0, 2.546875],  # widths 96, 128, 163
 }
 NEMOTRON_NAS = BASE | {
     "model_type": "nemotron-nas",
@@ -296,7 +296,7 @@ def test_experts_heads_and_widths_of_deepseek_are_found_together():
                 "num_transformer_layers": 2,
                 "num_query_heads": [4, 6],
                 "num_kv_heads": [2, 3],
-                "ffn_multipliers": [1.5, 2.5],
+                "ffn_multipliers": [1.5, 2.546875],
             },
         ),
         (
@@ -372,7 +372,7 @@ def test_layers_and_widths_can_go_together():
 
 def test_every_layer_of_openelm_gets_its_own_width_and_heads():
     target = shapes_of(OPENELM)
-    for layer, (ffn, heads, kv_heads) in enumerate([(91, 2, 1), (128, 4, 2), (101, 6, 2)]):
+    for layer, (ffn, heads, kv_heads) in enumerate([(91, 2, 1), (120, 4, 2), (101, 6, 2)]):
         name = f"transformer.layers.{layer}"
         sizes = {
             ("ffn.proj_1.weight", 0): 2 * ffn,
@@ -384,14 +384,14 @@ def test_every_layer_of_openelm_gets_its_own_width_and_heads():
     found = fit(OPENELM, target)
     assert found["num_query_heads"] == [2, 4, 6]
     assert found["num_kv_heads"] == [1, 2, 2]
-    assert [round(m * 64) for m in found["ffn_multipliers"]] == [91, 128, 101]
+    assert [round(m * 64) for m in found["ffn_multipliers"]] == [91, 120, 101]
 
 
 def test_a_narrower_openelm_keeps_its_widths_by_larger_multipliers():
     target = replaced(shapes_of(OPENELM), {64: 48})
     found = fit(OPENELM, target)
     assert found["model_dim"] == 48
-    assert [round(m * 48) for m in found["ffn_multipliers"]] == [96, 128, 160]
+    assert [round(m * 48) for m in found["ffn_multipliers"]] == [96, 128, 163]
 
 
 def test_a_width_that_the_model_rounds_is_hit_exactly_or_refused():
@@ -504,7 +504,7 @@ def test_removing_heads_needs_a_head_width_in_the_config():
 
 
 def test_layers_that_want_different_widths_are_named_with_the_field_they_share():
-    layer = "model.layers.1.mlp"
+    layer = "model.layers.0.mlp"
     target = replaced(shapes_of(LLAMA), {88: 80})
     sizes = {
         (f"{layer}.gate_proj.weight", 0): 72,

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import zoo
 from mlx_compress import checkpoint
-from mlx_compress.allocate import Request, choose, family, request
+from mlx_compress.allocate import Request, choose
 from mlx_compress.axes import Dimension, NamedAxes, named_axes, reads
 from mlx_compress.bridges.mlx_lm import LanguageModel, open_model
 from mlx_compress.errors import InputError
@@ -36,7 +36,7 @@ from mlx_compress.prune import zero_parameters
 
 TOLERANCE = 1e-4
 LENGTH = 7
-REMOVED = {"channels": 0.25, "heads": 0.3, "query_heads": 0.3, "experts": 0.17}  # one of 2 to 5, 6
+REMOVED = 4  # one unit in 4; one where there are fewer
 FREE_KINDS = ("channels", "heads", "query_heads", "head_dim", "experts", "width")
 OK, NONE = "ok", "-"
 
@@ -123,17 +123,17 @@ class Bench:
     def expressed(self, kind: str) -> Part:
         """What of this kind can be pruned so that a stock config tells it."""
         dims = [d for d in self.named.free((kind,)) if d.size > 1]
-        if kind != "experts":  # their softmax runs over all of them; the router is masked instead
+        if kind != "experts":  # a softmax runs over all of them; the router is masked instead
             dims = [d for d in dims if d.exact]
         if not dims:
             return Part([], None, NONE)
-        options = Options(pruning_ratio=REMOVED[kind], dims=(kind,))
+        wanted = Request({d.name: d.size - max(1, d.size // REMOVED) for d in dims})
+        options = Options(pruning_ratio=1 / REMOVED, dims=(kind,))
         try:
-            kept, wanted = snap(self.model, self.named, dims, request(self.named, dims, options), options)
-        except InputError as error:
-            return Part([], None, reason_of(error))
-        whole = {family(d)[0] for d in dims} - {family(d)[0] for d in kept}
-        return Part(kept, wanted, f"{OK}, but for {', '.join(sorted(whole))}" if whole else OK)
+            kept, wanted = snap(self.model, self.named, dims, wanted, options)
+        except InputError as refused:
+            return Part([], None, reason_of(refused))
+        return Part(kept, wanted, "; ".join([OK, *wanted.notes]))
 
     def heads(self) -> Part:
         """Whole KV groups, or query heads where these cannot go."""
@@ -157,7 +157,7 @@ class Bench:
         dims = [d for part in parts for d in part.dims]
         wanted = Request({k: n for part in parts for k, n in part.wanted.counts.items()})
         scores = random(Sources(self.named, tuple(dims), self.model.fetch))
-        return choose(self.named, dims, scores, wanted, Options(pruning_ratio=0.25))
+        return choose(self.named, dims, scores, wanted, Options(pruning_ratio=1 / REMOVED))
 
     def equals_zeroing(self, parts: list[Part]) -> float:
         """How far stock mlx-lm's logits of the pruned checkpoint are from the zeroed model's."""
@@ -170,8 +170,9 @@ class Bench:
     def equals_never_choosing(self, part: Part) -> float:
         """The same, from the dense graph whose router never chooses the removed experts."""
         plan = self.plan([part])
-        masked = run(self.named.graph, [self.tokens], self.parameters(), replace=masks(self.named, plan))
-        return self.differ(self.reloaded(plan), masked[0][0])
+        replace = masks(self.named, plan)
+        outputs, _ = run(self.named.graph, [self.tokens], self.parameters(), replace=replace)
+        return self.differ(self.reloaded(plan), outputs[0])
 
     def differ(self, pruned: mx.array, oracle: mx.array) -> float:
         assert relative(oracle, self.dense) > 10 * TOLERANCE, "the cut changes nothing"
@@ -219,5 +220,8 @@ def mask(named: NamedAxes, plan: PrunePlan, value: int, worst: float) -> dict:
     return {value: lambda array: mx.where(mx.array(gone), mx.array(worst, array.dtype), array)}
 
 
-def reason_of(error: Exception) -> str:
-    return str(error)
+def reason_of(error: InputError) -> str:
+    """What is in the way, without the names of dimensions, options and folders."""
+    text = re.sub(r"\S*/site-packages/(\S+):\d+", r"\1", str(error))
+    refused = re.search(r"can express smaller .*?: (.*); choose other", text)
+    return refused[1] if refused else text.partition("):")[0] + ")"
