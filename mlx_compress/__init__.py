@@ -11,7 +11,20 @@ from . import blas
 __version__ = "0.1.0"
 
 # Public name -> the file it lives in. A name must differ from every file's, or the file hides it.
-PUBLIC: dict[str, str] = {}
+PUBLIC: dict[str, str] = {
+    "Options": "options",
+    "PrunePlan": "plan",
+    "apply_plan": "recipe",
+    "compress": "recipe",
+    "edit_graph": "edit",
+    "make_plan": "recipe",
+    "named_axes": "axes",
+    "open_model": "bridges.mlx_lm",
+    "prune_parameters": "prune",
+    "run": "execute",
+    "save_pruned": "recipe",
+    "trace": "graph",
+}
 
 blas.load()
 

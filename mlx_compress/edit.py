@@ -162,7 +162,8 @@ class _Editor:
         return self.emitted[self._key(value, wild)]
 
     def _emit_leaf(self, value: int) -> int:
-        return self._emit_value(value, {})
+        known = self.emitted.get(self._key(value, {}))
+        return self._emit_value(value, {}) if known is None else known
 
     def _emit_value(self, value: int, wild: Wild) -> int:
         number = len(self.values)

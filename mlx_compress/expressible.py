@@ -2,8 +2,9 @@
 
 A request for counts is tried as it stands. Where no config gives those shapes, each family of
 dimensions that the nearest config gets wrong is tried alone and moved to the nearest count that
-works, or left whole; what was changed is said. The models built from candidate configs are traced and compared with the edited
-graph, as equal shapes alone do not mean the same computation (3 heads of 16, or 4 of 12?).
+works, or left whole; what was changed is said. The models built from candidate configs are traced
+and compared with the edited graph, as equal shapes alone do not mean the same computation (3 heads
+of 16, or 4 of 12?).
 """
 
 import math
@@ -206,8 +207,9 @@ def _nearest(model, named: NamedAxes, group: list[Dimension], count: int) -> int
     near = nearest_expressible(
         model.config, model.shapes_of, slots, size, count, optional=model.optional_fields()
     )
-    works = near < size and _works(model, named, group, {d.name: near for d in group})
-    return near if works else size
+    if near < size and _conflict(model, named, group, {d.name: near for d in group}):
+        return size
+    return near
 
 
 def check_layers(model, named: NamedAxes, dims: list[LayerDimension]) -> None:

@@ -79,12 +79,13 @@ def trace(
     Raises `TraceError` when `fn` evaluates an array on its way (`.item()`, `if array:`).
     """
     call, items = _as_function(fn, parameters)
-    paths = list(items)
-    stand_ins = [_stand_in(items[path], dtype) for path in paths]
+    places = _distinct(items)
+    stand_ins = [_stand_in(array, dtype) for array in {id(a): a for a in items.values()}.values()]
     count = len(inputs)
 
     def flat(*arrays):
-        out = call(dict(zip(paths, arrays[count:], strict=True)), *arrays[:count])
+        named = {path: arrays[count + place] for path, place in places.items()}
+        out = call(named, *arrays[:count])
         return [leaf for _, leaf in tree_flatten([out]) if isinstance(leaf, mx.array)]
 
     records: list[dict] = []
@@ -93,7 +94,7 @@ def trace(
             mx.export_function(records.append, flat, *inputs, *stand_ins)
         except (ValueError, RuntimeError) as error:
             raise TraceError(_explain(fn, error)) from error
-    return _read(records, count, paths)
+    return _read(records, count, places)
 
 
 SHAPE_ONLY = frozenset(
@@ -206,7 +207,13 @@ def _explain(fn, error: Exception) -> str:
     return f"{name} cannot be traced{where}: {reason}{advice}"
 
 
-def _read(records: list[dict], count: int, paths: Sequence[str]) -> Graph:
+def _distinct(items: Mapping[str, mx.array]) -> dict[str, int]:
+    """The place of each path among the distinct arrays: what is shared is one parameter."""
+    order: dict[int, int] = {}
+    return {path: order.setdefault(id(array), len(order)) for path, array in items.items()}
+
+
+def _read(records: list[dict], count: int, places: Mapping[str, int]) -> Graph:
     ids: dict[str, int] = {}
     values: dict[int, Value] = {}
 
@@ -238,6 +245,6 @@ def _read(records: list[dict], count: int, paths: Sequence[str]) -> Graph:
         values=values,
         inputs=tuple(arguments[:count]),
         outputs=tuple(add(*entry) for entry in of_type("outputs")[0]["outputs"]),
-        parameters=dict(zip(paths, arguments[count:], strict=True)),
+        parameters={path: arguments[count + place] for path, place in places.items()},
         constants=constants,
     )

@@ -243,3 +243,18 @@ def test_fast_operations_appear_as_the_primitives_that_they_are_made_of():
     graph = trace(lambda x: mx.fast.rms_norm(x, None, 1e-5), X)
     assert {"Square", "Reduce", "Sqrt", "Multiply"} <= set(ops(graph))
     assert not re.search("Norm|Custom", " ".join(ops(graph)))
+
+
+def test_a_module_held_under_two_paths_is_one_parameter():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = self.first
+
+        def __call__(self, x):
+            return self.second(nn.relu(self.first(x)))
+
+    graph = trace(Twice(), mx.zeros((3, 4)))
+    assert graph.parameters["first.weight"] == graph.parameters["second.weight"]
+    assert sum(n.op == "AddMM" for n in graph.nodes) == 2
