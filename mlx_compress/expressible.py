@@ -19,7 +19,7 @@ from .edit import edit_graph
 from .errors import InputError
 from .fields import Inexpressible, fit_config, nearest_expressible
 from .graph import SHAPE_ONLY, Graph, signature
-from .layers import LayerDimension, kept_layers, renamed_paths, without
+from .layers import kept_layers, renamed_paths
 from .options import Options
 from .plan import Cut, PrunePlan
 from .prune import check_plan
@@ -210,19 +210,3 @@ def _nearest(model, named: NamedAxes, group: list[Dimension], count: int) -> int
     if near < size and _conflict(model, named, group, {d.name: near for d in group}):
         return size
     return near
-
-
-def check_layers(model, named: NamedAxes, dims: list[LayerDimension]) -> None:
-    """Raise `InputError` when the config has no way to drop what `dims` name.
-
-    One entry of each is dropped in a stand-in plan; which one does not matter to most configs.
-    """
-    for d in dims:
-        plan = PrunePlan({d.name: without(d, d.removable[-1:])})
-        try:
-            fitted_config(model, named, plan)
-        except InputError as error:
-            raise InputError(
-                f"no config of {model.config.get('model_type')!r} in stock mlx-lm can drop entries "
-                f"of {d.name}; try --dims layers (whole blocks), or --carrier nemotron-nas."
-            ) from error

@@ -5,6 +5,7 @@ compared and applied again to the same checkpoint. It holds no weights and no sc
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError
+from .options import LAYER_KINDS
 
 FORMAT = 1
 
@@ -123,6 +125,18 @@ def diff(left: PrunePlan, right: PrunePlan) -> dict[str, dict[str, list]]:
         if kept[0] != kept[1]:
             out[name] = {"left": sorted(kept[0] - kept[1]), "right": sorted(kept[1] - kept[0])}
     return out
+
+
+def describe(plan: PrunePlan) -> list[str]:
+    """What a plan keeps, one phrase for each place in the model: counts by layer."""
+    places: dict[str, list[str]] = {}
+    for cut in plan:
+        kept = [i for i in cut.keep] if cut.kind in LAYER_KINDS else cut.kept
+        places.setdefault(re.sub(r"\d+", "*", cut.name), []).append(str(kept))
+    return [
+        f"{name}: {counts[0] if len(set(counts)) == 1 else '[' + ', '.join(counts) + ']'}"
+        for name, counts in places.items()
+    ]
 
 
 def _kept_units(plan: PrunePlan, name: str, other: PrunePlan) -> set:

@@ -22,6 +22,7 @@ from .allocate import (
     request,
 )
 from .axes import NamedAxes, named_axes
+from .bridges.carriers import Carrier, advice, carrier_named, carriers, write_carrier
 from .bridges.measure import evaluate_folders
 from .bridges.mlx_lm import LanguageModel, open_model
 from .checkpoint import (
@@ -37,12 +38,12 @@ from .checkpoint import (
 )
 from .edit import edit_graph
 from .errors import InputError
-from .expressible import check_layers, fitted_config, snap
+from .expressible import fitted_config, snap
 from .importance import NEEDS_DATA
-from .layers import dropped_parameters, settled
+from .layers import dropped_parameters, settled, without
 from .options import KINDS, Options
-from .plan import PrunePlan
-from .prune import picks, prune_array
+from .plan import PrunePlan, describe
+from .prune import check_plan, picks, prune_array
 from .report import write_report
 from .scoring import PROOF_TOKENS, Text, inspect, layer_scores, read_windows, unit_scores
 from .stream import Progress, silent, stream_forward
@@ -56,6 +57,7 @@ class Planned:
     config: dict
     kept_parameters: float
     notes: list[str] = field(default_factory=list)
+    carrier: Carrier | None = None
 
 
 def make_plan(
@@ -81,8 +83,8 @@ def make_plan(
         notes.append(f"primitives without a rule, left alone: {', '.join(sorted(named.unknown))}")
     layers = prunable_layers(named, options)
     dims, wanted = units(model, named, options, carrier)
-    if layers and carrier is None:
-        check_layers(model, named, layers)
+    for d in layers if carrier is None else ():
+        _planned(model, named, PrunePlan({d.name: without(d, d.removable[-1:])}), [], None)
     notes += wanted.notes
     text = Text(model, data, options, notes, progress)
     plan = PrunePlan({}, {k: v for k, v in asdict(options).items() if v is not None})
@@ -105,11 +107,29 @@ def units(model, named: NamedAxes, options: Options, carrier: str | None = None)
     return snap(model, named, dims, wanted, options)
 
 
-def _planned(model, named: NamedAxes, plan: PrunePlan, notes: list[str], carrier) -> Planned:
+def _planned(
+    model: LanguageModel, named: NamedAxes, plan: PrunePlan, notes: list[str], carrier: str | None
+) -> Planned:
+    """Find the config. Where the model's own has none, say which carrier would do."""
+    check_plan(named, plan)
     gone = dropped_parameters(named, plan)
     kept = block_parameters(named, plan.counts(), gone) / block_parameters(named)
-    config = fitted_config(model, named, plan)
-    return Planned(plan, config, kept, notes)
+    if carrier is not None:
+        chosen = carrier_named(carrier, model, named, plan)
+        notes.append(f"written as {chosen.name}, which can hold what {_kind(model)!r} cannot")
+        return Planned(plan, chosen.config, kept, notes, chosen)
+    try:
+        return Planned(plan, fitted_config(model, named, plan), kept, notes)
+    except InputError as error:
+        raise InputError(
+            f"no config of {_kind(model)!r} in stock mlx-lm can hold this plan "
+            f"({'; '.join(describe(plan))}); {advice(carriers(model, named, plan))}, or ask for "
+            "the same in every layer (no --global-pruning, --dims layers for whole blocks)."
+        ) from error
+
+
+def _kind(model: LanguageModel) -> str:
+    return model.config.get("model_type", "unknown")
 
 
 def save_pruned(
@@ -129,7 +149,11 @@ def save_pruned(
     dtypes = _dtypes(model)
     needs = pruned_bytes(named, planned.plan, dtypes)
     with new_folder(out, needs_bytes=needs) as folder:
-        write_weights(folder, named, planned.plan, model.fetch, dtypes, progress=progress)
+        if planned.carrier is None:
+            write_weights(folder, named, planned.plan, model.fetch, dtypes, progress=progress)
+        else:
+            carrier = planned.carrier
+            write_carrier(folder, model, named, planned.plan, carrier, progress=progress)
         write_config(folder, planned.config)
         copy_rest(model.path, folder)
         error = _prove(model, planned.plan, folder, dtypes)

@@ -231,3 +231,30 @@ def test_help_needs_no_heavy_package():
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_widths_that_differ_by_layer_name_the_carrier_that_holds_them(call, tmp_path):
+    out = tmp_path / "out"
+    common = ("prune", "--model", MODEL, "--mlx-path", out, "--dims", "channels",
+              "--global-pruning", *PRUNE)  # fmt: skip
+    refused(call(*common), "'llama'", "mlp.channels", "--carrier openelm")
+    assert not out.exists()
+    code, _, err = call(*common, "--carrier", "openelm")
+    assert code == 0, err
+    assert json.loads((out / "config.json").read_text())["model_type"] == "openelm"
+
+
+def test_dropping_attention_alone_is_refused_with_what_would_do(call, tmp_path):
+    result = call("prune", "--model", MODEL, "--mlx-path", tmp_path / "out", "--dims", "attention",
+                  *PRUNE)  # fmt: skip
+    refused(result, "model.layers.attention", "carrier nemotron-nas cannot", "--round-to 256")
+
+
+def test_whole_layers_are_dropped_and_renumbered(call, tmp_path):
+    out = tmp_path / "out"
+    code, _, err = call("prune", "--model", MODEL, "--mlx-path", out, "--dims", "layers",
+                        "--pruning-ratio", "0.34", "--importance", "magnitude")  # fmt: skip
+    assert code == 0, err
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 4
+    weights = mx.load(str(out / "model.safetensors"))
+    assert {p.split(".")[2] for p in weights if "layers" in p} == set("0123")
