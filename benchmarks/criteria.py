@@ -66,7 +66,6 @@ class Settings:
 class Aim:
     """One fraction to remove: the counts to keep, as stock configs can express them."""
 
-    asked: float
     options: Options
     dims: list[Dimension]
     wanted: object
@@ -75,24 +74,28 @@ class Aim:
 def measure(model: LanguageModel, data: str, settings: Settings, out: Path, say=print) -> dict:
     """Fill in the rows that `out` does not hold yet, writing it after each; returns its content."""
     result = _begin(settings, out)
+    done = {(row["criterion"], row["seed"], row["asked"]) for row in result["rows"]}
+    runs = [
+        (criterion, seed, [r for r in settings.removed if (criterion, seed, r) not in done])
+        for criterion in settings.criteria
+        for seed in range(settings.random_seeds if criterion == "random" else 1)
+    ]
+    runs = [run for run in runs if run[-1]]
+    if not runs:
+        return result
     windows = read_windows(model, data, "evaluation", settings.options(), [])
     named = inspect(model)
-    aims = [_aim(model, named, 1 - removed, settings) for removed in settings.removed]
+    aims = {removed: _aim(model, named, removed, settings) for removed in settings.removed}
     dense = score_tokens(_float32(model.module()), windows.tokens, EVAL_BATCH)
     result["dense"] = asdict(perplexity(dense[0], windows.target_bytes))
-    for criterion in settings.criteria:
-        for seed in range(settings.random_seeds if criterion == "random" else 1):
-            done = {(r["criterion"], r["seed"], r["asked"]) for r in result["rows"]}
-            todo = [aim for aim in aims if (criterion, seed, aim.asked) not in done]
-            if not todo:
-                continue
-            scores, cost = _scored(model, data, criterion, seed, aims)
-            for aim in todo:
-                row = {"criterion": criterion, "seed": seed, "asked": aim.asked, **cost}
-                row |= _measured(model, named, aim, scores, windows, dense)
-                result["rows"].append(row)
-                write_report(result, out)
-                say(f"{criterion} {aim.asked:g}: {row['nats_per_token']:.3f} nats/token")
+    for criterion, seed, todo in runs:
+        scores, cost = _scored(model, data, criterion, seed, list(aims.values()))
+        for removed in todo:
+            row = {"criterion": criterion, "seed": seed, "asked": removed, **cost}
+            row |= _measured(model, named, aims[removed], scores, windows, dense)
+            result["rows"].append(row)
+            write_report(result, out)
+            say(f"{criterion} {removed:g}: {row['nats_per_token']:.3f} nats/token")
     return result
 
 
@@ -107,11 +110,11 @@ def _begin(settings: Settings, out: Path) -> dict:
     return held
 
 
-def _aim(model, named: NamedAxes, kept: float, settings: Settings) -> Aim:
-    options = settings.options(params=kept)
+def _aim(model, named: NamedAxes, removed: float, settings: Settings) -> Aim:
+    options = settings.options(params=1 - removed)
     dims = prunable(named, options)
     dims, wanted = snap(model, named, dims, request(named, dims, options), options)
-    return Aim(round(1 - kept, 6), options, dims, wanted)
+    return Aim(options, dims, wanted)
 
 
 def _scored(model, data, criterion: str, seed: int, aims: list[Aim]) -> tuple[Scores, dict]:

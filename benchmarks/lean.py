@@ -215,7 +215,8 @@ def measure(size: Size, folder: Path, criteria: list[str], say=print) -> dict:
 
 
 HEAD = (
-    "", "time, s", "forward passes", "goal", "by CPU time", "peak, GB", "x weights", "goal", "RSS, GB"
+    "", "time, s", "forward passes", "goal", "by CPU time",
+    "peak, GB", "x weights", "goal", "RSS, GB",
 )  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def write_carrier(
 
     The carrier's config goes beside them with `checkpoint.write_config`.
     """
-    fetch = _converted(model, named, settled(named, plan), carrier)
+    fetch = _converted(model, named, plan, carrier)
     shards = _shards(carrier)
     index, total = {}, 0
     for number, paths in enumerate(shards, start=1):

@@ -114,7 +114,8 @@ def open_model(name: str | Path, *, trust_remote_code: bool = False) -> Language
     config = {k: v for k, v in config.items() if k not in NUMERICS_KEYS}
     model = LanguageModel(path, config, trust_remote_code, notes)
     paths = frozenset(p for p, _ in tree_flatten(module.parameters()))
-    built = frozenset(p for p, _ in tree_flatten(model.build().parameters()))
+    with _one_line(path):  # without its quantisation, which some cannot do without
+        built = frozenset(p for p, _ in tree_flatten(model.build().parameters()))
     return dataclasses.replace(model, _paths=paths, _absent=built - paths)
 
 

@@ -35,9 +35,7 @@ class Request:
 
 def prunable(named: NamedAxes, options: Options) -> list[Dimension]:
     """The dimensions that `options` select. Raises `InputError` when there are none."""
-    for pattern in options.ignored_layers:
-        if not any(_matches(d, (pattern,)) for d in named.dimensions.values()):
-            raise InputError(f"--ignored-layers {pattern}: matches no dimension and no parameter.")
+    _check_patterns(named, options)
     chosen = [
         d
         for d in named.free(options.dims)
@@ -50,6 +48,16 @@ def prunable(named: NamedAxes, options: Options) -> list[Dimension]:
             f"this model has {', '.join(kinds) or 'none at all'}."
         )
     return chosen
+
+
+def _check_patterns(named: NamedAxes, options: Options) -> None:
+    for pattern in options.ignored_layers:
+        units = any(_matches(d, (pattern,)) for d in named.dimensions.values())
+        if not units and not any(_ignored(d, (pattern,)) for d in layer_dimensions(named)):
+            raise InputError(
+                f"--ignored-layers {pattern}: matches no dimension and no parameter; "
+                "`inspect` lists them."
+            )
 
 
 def family(dim: Dimension) -> tuple[str, int]:
@@ -203,6 +211,8 @@ def _global_counts(dims, scores: Scores, counts: Counts, round_to: int) -> Count
     for group in families.values():
         ranked = {d.name: _normalised(scores[d.name]) for d in group}
         budget = sum(counts[d.name] for d in group)
+        if budget == sum(d.size for d in group):
+            continue
         step = _step(group[0], round_to)
         kept = {d.name: step for d in group}
         gains = [
@@ -210,7 +220,8 @@ def _global_counts(dims, scores: Scores, counts: Counts, round_to: int) -> Count
             for d in group
             for k in range(step, d.size - step + 1, step)
         ]
-        for _, name in sorted(gains, reverse=True)[: max(0, budget // step - len(group))]:
+        gains.sort(key=lambda gain: -gain[0])
+        for _, name in gains[: max(0, budget // step - len(group))]:
             kept[name] += step
         out |= kept
     return out
@@ -235,6 +246,8 @@ def _matches(dim: Dimension, patterns: Iterable[str]) -> bool:
 def prunable_layers(named: NamedAxes, options: Options) -> list[LayerDimension]:
     """The module lists that lose entries, or branches. Raises `InputError` when none can."""
     kinds = [kind for kind in options.dims if kind in LAYER_KINDS]
+    if kinds:
+        _check_patterns(named, options)
     found = [d for d in layer_dimensions(named) if d.kind in kinds]
     chosen = [d for d in found if d.free and not _ignored(d, options.ignored_layers)]
     if kinds and not chosen:

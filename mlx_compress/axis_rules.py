@@ -5,6 +5,7 @@ outputs. What a rule cannot follow it freezes, with the reason; a primitive with
 all that it touches and is named. So nothing is ever wrong for lack of a rule, only not prunable.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from .dims import (
     Axis,
     Misaligned,
+    blend,
     cut_axis,
     factors,
     freeze,
@@ -83,11 +85,7 @@ class Inference:
         for axis in same:
             if axis is not chosen:
                 self.unify(axis, chosen)
-        return self.merged([chosen, *same])
-
-    def merged(self, same: list[Axis]) -> Axis:
-        """Of axes already unified, the one with the most that is not wild."""
-        return min(same, key=lambda axis: sum(dim.wild for dim in factors(axis)))
+        return functools.reduce(blend, same, chosen)
 
 
 def freeze_all(axes: Axes, why: str) -> None:

@@ -7,6 +7,7 @@ where these places are; no code in the model is touched.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +16,7 @@ from .axes import NamedAxes
 from .dims import Axis, leaves
 from .errors import InputError
 from .graph import Graph, Node
-from .stream import Fetch, Progress, silent, stream_backward, stream_forward
+from .stream import Fetch, Progress, groups, silent, stream_backward, stream_forward
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,9 @@ def calibrate(
     """Moments at every contraction over one of `dims`, streamed segment by segment.
 
     `batches` hold the graph's inputs, in its shapes. With `loss(batch index, outputs)` the Taylor
-    terms are collected too, by one backward pass. Raises `InputError` on NaN or infinity, naming
-    the parameter that holds it, or else the one where it was met.
+    terms are collected too, by a backward pass over as many batches at a time as memory allows.
+    Raises `InputError` on NaN or infinity, naming the parameter that holds it, or else the one
+    where it was met.
     """
     places = {p.key: p for each in consumers(named, dims).values() for p in each}
     statistics = Statistics()
@@ -120,30 +122,32 @@ def calibrate(
     tapped |= {p.rows for p in places.values() if p.rows is not None}
     index = _IndexValues(places.values())
 
-    def on_taps(b: int, values: dict[int, mx.array]) -> None:
-        index.remember(b, values)
+    def on_taps(first: int, b: int, values: dict[int, mx.array]) -> None:
+        index.remember(first + b, values)
         for place in places.values():
             if place.value in values:
-                _add_moments(statistics, place, values[place.value], index.of(b, place))
+                _add_moments(statistics, place, values[place.value], index.of(first + b, place))
 
-    boundaries = stream_forward(
-        named.graph, batches, fetch,
-        taps=tapped, on_taps=on_taps, keep=loss is not None, progress=progress,
-    )  # fmt: skip
-    _check_finite(named, statistics, places, fetch)
-    if loss is not None:
+    def on_gradients(first: int, b: int, values) -> None:
+        for place in places.values():
+            if place.value in values:
+                product = values[place.value][0] * values[place.value][1]
+                _add_taylor(statistics, place, product, index.of(first + b, place), batches[0])
 
-        def on_gradients(b, values):
-            for place in places.values():
-                if place.value in values:
-                    product = values[place.value][0] * values[place.value][1]
-                    _add_taylor(statistics, place, product, index.of(b, place), batches[b])
-
-        stream_backward(
-            named.graph, boundaries, fetch, loss,
-            taps={p.value for p in places.values()}, on_gradients=on_gradients, progress=progress,
+    whole = [(0, batches, progress)]
+    for first, group, told in groups(named.graph, batches, progress) if loss else whole:
+        boundaries = stream_forward(
+            named.graph, group, fetch,
+            taps=tapped, on_taps=partial(on_taps, first), keep=loss is not None, progress=told,
         )  # fmt: skip
         _check_finite(named, statistics, places, fetch)
+        if loss is not None:
+            stream_backward(
+                named.graph, boundaries, fetch, lambda b, out, first=first: loss(first + b, out),
+                taps={p.value for p in places.values()},
+                on_gradients=partial(on_gradients, first), progress=told,
+            )  # fmt: skip
+            _check_finite(named, statistics, places, fetch)
     statistics.tokens = sum(int(batch[0].size) for batch in batches)
     return statistics
 

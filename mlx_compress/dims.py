@@ -185,11 +185,25 @@ def _merge(a: Dim, b: Dim, matches: list) -> None:
     cuts = sorted({*_cuts(a.segments), *_cuts(b.segments)})
     a.segments, b.segments = _recut(a.segments, cuts), _recut(b.segments, cuts)
     pairs = list(zip(a.segments, b.segments, strict=True))
-    if any(is_wild(x) != is_wild(y) for x, y in pairs):
-        b.segments = [y if is_wild(x) else x for x, y in pairs]
     a.segments, a.link = None, b
     for x, y in pairs:
         unify(x, y, matches)
+    b.segments = [blend(y, x) for x, y in pairs]
+
+
+def blend(left: Axis, right: Axis) -> Axis:
+    """Of two axes already unified, in each place the factors that are not wild."""
+    out: Axis = []
+    left, right = factors(left), factors(right)
+    while left and right:
+        ours, theirs = [left.pop(0)], [right.pop(0)]
+        while size_of(ours) != size_of(theirs):
+            if size_of(ours) < size_of(theirs):
+                ours.append(left.pop(0))
+            else:
+                theirs.append(right.pop(0))
+        out += min(ours, theirs, key=lambda run: sum(dim.wild for dim in leaves(run)))
+    return out
 
 
 def _cuts(segments: Sequence[Axis]) -> list[int]:

@@ -93,8 +93,11 @@ class _Editor:
 
     def _offset(self, axis: Axis, position: int, wild: Wild) -> int:
         """Where the boundary at `position` of an axis lies after pruning."""
-        if position in (0, size_of(axis)):
-            return self._size(axis, wild) if position else 0
+        size = self._size(axis, wild)
+        if position == 0 or size == size_of(axis):
+            return position
+        if position == size_of(axis):
+            return size
         lead, *rest = factors(axis)
         inner = size_of(rest)
         return self._lead_offset(lead, position // inner, wild) * self._size(rest, wild)

@@ -282,15 +282,16 @@ def nearest_expressible(
 ) -> int:
     """The number of units to keep instead of `keep`: near it, and `expressible`.
 
-    Tries `keep`, then the nearest multiple of each power of two and of each divisor of `units`,
-    small ones first. `units` where nothing else will do: this dimension can not be pruned alone.
+    Tries `keep`, then the nearest multiple below `units` of each power of two and of each divisor
+    of `units`, small ones first. `units` where nothing else will do: this dimension can not be pruned alone.
     """
     build = memoised(shapes_of)
     grains = {2**i for i in range(units.bit_length())} | {
         g for g in range(1, units + 1) if units % g == 0
     }
-    nearest = dict.fromkeys(max(1, round(keep / grain)) * grain for grain in sorted(grains))
-    for near in nearest:
-        if near < units and expressible(config, build, slots, units, near, optional=optional):
+    grains -= {g for g in grains if g >= units}
+    steps = {g: max(1, min(round(keep / g), (units - 1) // g)) for g in sorted(grains)}
+    for near in dict.fromkeys(g * count for g, count in steps.items()):
+        if expressible(config, build, slots, units, near, optional=optional):
             return near
     return units

@@ -288,8 +288,9 @@ def _block_why_not(residuals: Residuals, entry: Entry, by_entry) -> str | None:
     inside = [value for value in chain if value not in before]
     if any(v in residuals.sums and v not in {t.total for t in terms} for v in inside):
         return "it is used more than once"
-    same = {value for value in before if residuals.uncast(value) == residuals.uncast(first)}
-    if any(not term.starts <= {*inside, *same, chain[-1]} for term in terms):
+    near = {residuals.uncast(first), chain[-1]}  # where it begins, and where the stream does
+    inside += [value for value in before if residuals.uncast(value) in near]
+    if any(not term.starts <= set(inside) for term in terms):
         return "it reads the residual stream as it was before another block"
     inner = set().union(*(term.inner for term in terms))
     for path in residuals.graph.parameters:

@@ -150,7 +150,7 @@ def attribute(build: Build, config: dict, tried: Mapping[Path, int | float]) -> 
         some = {leaf: tried[leaf] for k, leaf in enumerate(leaves, 1) if k >> bit & 1}
         change = moved(build(config), build(put(config, some)))
         if change is None:
-            return one_by_one(build, config, tried)
+            return {}
         for axis, size in change.items():
             codes[axis] = codes.get(axis, 0) | 1 << bit
             sizes.setdefault(axis, set()).add(size)
@@ -159,14 +159,6 @@ def attribute(build: Build, config: dict, tried: Mapping[Path, int | float]) -> 
         for axis, code in codes.items()
         if code <= len(leaves) and len(sizes[axis]) == 1
     }
-
-
-def one_by_one(build: Build, config: dict, tried: Mapping[Path, int | float]) -> Effect:
-    effect: Effect = {}
-    for leaf, value in tried.items():
-        change = moved(build(config), build(put(config, {leaf: value}))) or {}
-        effect |= {axis: per_unit(config, leaf, tried, size) for axis, size in change.items()}
-    return effect
 
 
 def per_unit(config, leaf: Path, tried, size: int) -> tuple[Path, Fraction]:

@@ -23,15 +23,15 @@ def without_layers(shapes: Shapes, layers: Mapping[str, Sequence[int]]) -> Shape
     kept = {}
     for path, shape in shapes.items():
         keys = path.split(".")
-        new = list(keys)
+        renamed = list(keys)
         for name, indices in layers.items():
             depth = name.count(".") + 1
             index = keys[depth] if depth < len(keys) else ""
             if keys[:depth] == name.split(".") and index.isdigit():
-                kept_at = {str(i): str(new) for new, i in enumerate(sorted(indices))}
-                new[depth] = kept_at.get(index, "")
-        if "" not in new:
-            kept[".".join(new)] = shape
+                now_at = {str(before): str(now) for now, before in enumerate(sorted(indices))}
+                renamed[depth] = now_at.get(index, "")
+        if "" not in renamed:
+            kept[".".join(renamed)] = shape
     return kept
 
 
@@ -79,7 +79,7 @@ def unread_count(build: Build, config: dict, best: dict, dropped) -> Edits:
     """The number of layers, where the model takes it from a list: the one number equal to it."""
     edits: Edits = {}
     for length, keep in dropped.values():
-        counts = [path for path, value in numbers(config) if value == length]
+        counts = [p for p, value in numbers(config) if isinstance(value, int) and value == length]
         if len(counts) == 1 and build(put(best, {counts[0]: len(keep)})) == build(best):
             edits[counts[0]] = len(keep)
     return edits
@@ -137,9 +137,7 @@ def choose(config: dict, dropped, optional: Sequence[Path]) -> Iterator[Edits]:
             for path, value in numbers(config)
             if isinstance(value, int) and not lists.get(path[:-1])
         }
-        whole: Edits = {path: len(keep) for path, value in counts.items() if value == length}
-        yield from ({path: value} for path, value in whole.items())
-        yield whole
+        yield from ({path: len(keep)} for path, value in counts.items() if value == length)
         yield from ({path: other} for path, others in lists.items() for other in others)
         for path, value in counts.items():
             yield from ({path: other} for other in counted(value, length, keep))

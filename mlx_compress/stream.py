@@ -7,8 +7,9 @@ What depends on parameters and constants alone is computed anew in each segment 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +21,8 @@ Fetch = Callable[[Iterable[str]], Mapping[str, mx.array]]
 Progress = Callable[[str, int, int], None]
 PIECES = 48  # a segment holds at least this fraction of the weights; smaller ones are joined
 NARROW = 1.5  # a cut may be this much wider than the narrowest nearby
+KEPT = 0.25  # what is kept for the way back may take this fraction of the weights' bytes,
+KEPT_BYTES = 2**28  # or this many
 NEARBY = 1 / 8  # of the weights, before and after
 SIDES = ((-1, "left"), (1, "right"))
 
@@ -128,6 +131,28 @@ def stream_backward(
             done += 1
             progress("backward", done, total)
         del weights, held
+
+
+def groups(
+    graph: Graph, batches: Sequence[Sequence[mx.array]], progress: Progress = silent
+) -> Iterator[tuple[int, Sequence[Sequence[mx.array]], Progress]]:
+    """Divide batches so that what `stream_forward` keeps of each group takes little memory.
+
+    Yields the index of a group's first batch, the group, and the progress to give to its passes,
+    which counts over all of the batches.
+    """
+    reads = {i for piece in segments(graph) for i in piece.reads}
+    weights = sum(_nbytes(graph, i) for i in graph.parameters.values())
+    room = max(KEPT_BYTES, KEPT * weights)
+    count = max(1, int(room // max(1, sum(_nbytes(graph, i) for i in reads))))
+    for first in range(0, len(batches), count):
+        group = batches[first : first + count]
+        yield first, group, partial(_part, progress, first, len(group), len(batches))
+
+
+def _part(progress: Progress, first, own, batches, stage: str, done: int, total: int) -> None:
+    pieces = total // own
+    progress(stage, first * pieces + done, batches * pieces)
 
 
 def load(graph: Graph, piece: Segment, fetch: Fetch) -> dict[int, mx.array]:

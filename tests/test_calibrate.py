@@ -1,13 +1,14 @@
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import plain
 import pytest
-import tiny
 from mlx.utils import tree_unflatten
-
-from mlx_compress.axes import named_axes
 from mlx_compress.bridges.mlx_lm import trace_logits
+
+import plain
+import tiny
+from mlx_compress import stream
+from mlx_compress.axes import named_axes
 from mlx_compress.calibrate import calibrate, consumers, contractions
 from mlx_compress.errors import InputError
 from mlx_compress.graph import trace
@@ -233,3 +234,25 @@ def test_infinity_that_arises_from_finite_weights_is_told_with_its_place():
     with pytest.raises(InputError, match=f"^{place}: NaN or infinity arises there.*magnitude"):
         calibrate(axes_of(model, batches), batches, fetcher(model),
                   dims=["model.layers.0.mlp.channels"])  # fmt: skip
+
+
+def test_what_is_kept_for_the_way_back_in_groups_changes_nothing(monkeypatch):
+    model, batches = tiny.build(tiny.LLAMA), tiny.batches()
+    named = axes_of(model, batches)
+    dims = [d.name for d in named.free(("channels", "heads"))]
+
+    def measured():
+        return calibrate(
+            named, batches, fetcher(model), dims=dims,
+            loss=lambda b, outputs: (b + 1) * cubes(outputs),
+        )  # fmt: skip
+
+    whole = measured()
+    monkeypatch.setattr(stream, "KEPT", 0.0)
+    monkeypatch.setattr(stream, "KEPT_BYTES", 1)
+    parts = measured()
+    assert len(batches) > 1 and parts.tokens == whole.tokens
+    for key, held in whole.moments.items():
+        np.testing.assert_allclose(parts.moments[key].square, held.square, rtol=1e-6)
+        np.testing.assert_allclose(parts.moments[key].taylor, held.taylor, rtol=1e-6)
+        assert parts.moments[key].batches == held.batches == len(batches)

@@ -4,10 +4,6 @@ import json
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes, load_model
-from zoo import BASE, HEAD, LLAMA3_ROPE, TIED
-
-from mlx_compress.axes import named_axes
 from mlx_compress.bridges.carriers import (
     CARRIERS,
     advice,
@@ -16,6 +12,10 @@ from mlx_compress.bridges.carriers import (
     write_carrier,
 )
 from mlx_compress.bridges.mlx_lm import open_model
+from mlx_lm.models.openelm import make_divisible
+from mlx_lm.utils import _get_classes, load_model
+
+from mlx_compress.axes import named_axes
 from mlx_compress.checkpoint import write_config
 from mlx_compress.edit import edit_graph
 from mlx_compress.errors import InputError
@@ -23,6 +23,7 @@ from mlx_compress.execute import run
 from mlx_compress.layers import layer_dimensions, without
 from mlx_compress.plan import Cut, PrunePlan
 from mlx_compress.prune import prune_parameters
+from zoo import BASE, CONFIGS, HEAD, LLAMA3_ROPE, TIED
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 LLAMA = BASE | {"model_type": "llama", "num_hidden_layers": 4, "intermediate_size": 256}
@@ -98,9 +99,7 @@ def test_branches_dropped_from_some_layers_are_carried_by_nemotron_nas(tmp_path,
     plan = PrunePlan(dropped(named, attention=[1], mlp=[2]))
     carrier = carrier_named("nemotron-nas", source, named, plan)
     blocks = carrier.config["block_configs"]
-    assert [list(b["attention"]) for b in blocks] == [["n_heads_in_group"]] * 1 + [["no_op"]] + [
-        ["n_heads_in_group"]
-    ] * 2
+    assert ["no_op" in block["attention"] for block in blocks] == [False, True, False, False]
     assert ["no_op" in block["ffn"] for block in blocks] == [False, False, True, False]
     assert stock_error(tmp_path / "out", source, named, plan, carrier) <= 1e-4
 
@@ -148,9 +147,6 @@ def test_widths_and_kv_heads_per_layer_are_carried_by_openelm(tmp_path, fields):
 
 
 def test_every_width_up_to_the_hidden_one_is_met_exactly():
-    model_class, args = _get_classes({"model_type": "openelm"})
-    from mlx_lm.models.openelm import make_divisible
-
     widths = range(1, 3000)
     for hidden in (64, 576, 2048):
         assert [make_divisible(w / hidden * hidden, divisor=1) for w in widths] == list(widths)
@@ -185,13 +181,13 @@ def test_weights_are_written_in_shards(tmp_path, monkeypatch):
         ("openelm", {}, {"attention": [1]}, "it cannot leave out the attention of layer 1"),
         ("openelm", {}, {"mlp": [2]}, "it cannot leave out the MLP of layer 2"),
         ("openelm", {"rope_scaling": LLAMA3_ROPE}, {}, "it has no rope scaling"),
-        ("openelm", {"mlp_bias": True}, {}, "it has no place for model.layers.0.mlp.gate_proj.bias"),
+        ("openelm", {"mlp_bias": True}, {}, "it has no place for .*gate_proj.bias"),
         ("openelm", {"rope_traditional": True}, {}, "it has no word for rope_traditional=True"),
         ("nemotron-nas", {"intermediate_size": 88}, {}, "multiples of 256, layer 0 has 88"),
         ("nemotron-nas", HEAD, {}, "its heads are of 64 / 4, .* the model's are of 24"),
         ("nemotron-nas", {"model_type": "qwen3", "head_dim": 16}, {}, "no place for .*q_norm"),
-        ("openelm", {"model_type": "mixtral"}, {}, "it has no word for num_local_experts=8"),
-        ("openelm", {"model_type": "mamba2"}, {}, "it has no word for"),
+        ("openelm", {"model_type": "mixtral"}, {}, "it has no word for num_experts_per_tok=2"),
+        ("openelm", CONFIGS["mamba2"], {}, "it has no word for"),
         (
             "openelm",
             {"layer_types": ["sliding_attention", *["full_attention"] * 3], "sliding_window": 4},
@@ -201,10 +197,6 @@ def test_weights_are_written_in_shards(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_a_carrier_that_does_not_fit_says_why(tmp_path, name, fields, cuts, why):
-    if fields.get("model_type") == "mamba2":
-        from zoo import CONFIGS
-
-        fields = CONFIGS["mamba2"]
     source, named = opened(tmp_path / "in", LLAMA | fields)
     plan = PrunePlan(dropped(named, **cuts) if cuts else {})
     found = {carrier.name: carrier for carrier in carriers(source, named, plan)}[name]

@@ -528,6 +528,40 @@ def test_gpt2_has_no_number_for_its_mlp_alone():
         fit(GPT2, replaced(shapes_of(GPT2), {256: 240}))
 
 
+def test_counts_and_indices_of_layers_are_read_in_every_way_at_once():
+    def stack(config):
+        if len(config["blocks"]) != config["total"] - config["reused"]:
+            raise ValueError("not valid")
+        kinds = {i: "attention" for i in config["attention_from_1"]}
+        return {
+            f"layers.{i}.{kinds.get(i + 1, 'conv')}": (block["heads"], 8)
+            for i, block in enumerate(config["blocks"])
+        }
+
+    blocks = [{"heads": n} for n in (2, 3, 2, 1)]
+    config = {"total": 6, "reused": 2, "blocks": blocks, "attention_from_1": [2, 4]}
+    layers = {"layers": [1, 2, 3]}
+    target = without_layers(stack(config), layers)
+    found = fit_config(config, stack, target, layers=layers)
+    expected = {"total": 5, "reused": 2, "blocks": blocks[1:], "attention_from_1": [1, 3]}
+    assert found == expected
+
+
+def test_two_counts_of_layers_change_together_one_of_them_absent():
+    def stack(config):
+        if config.get("depth", 4) != config["also"]:
+            raise ValueError("not valid")
+        return {
+            f"layers.{i}.{'attention' if i in config['attention'] else 'conv'}": (8, 8)
+            for i in range(config["also"])
+        }
+
+    config, layers = {"also": 4, "attention": [0, 3]}, {"layers": [0, 1, 3]}
+    target = without_layers(stack(config), layers)
+    found = fit_config(config, stack, target, layers=layers, optional=[("depth",)])
+    assert found == {"also": 3, "attention": [0, 2], "depth": 3}
+
+
 def test_a_layer_that_the_order_of_kinds_needs_can_not_be_dropped():
     def alternating(config):
         kinds = ["conv" if i % config["period"] else "attention" for i in range(config["depth"])]
@@ -563,7 +597,8 @@ def test_few_models_are_built():
         return shapes_of(config)
 
     target = replaced(shapes_of(LLAMA_24), {88: 60, 64: 40})
-    fit_config(LLAMA_24, counted, target, optional=optional_fields(LLAMA_24))
+    config = LLAMA_24 | {"label2id": {f"LABEL_{i}": i for i in range(100)}}
+    fit_config(config, counted, target, optional=optional_fields(LLAMA_24))
     assert len(built) < 3 * len(LLAMA_24)
     built.clear()
     openelm = OPENELM | {"num_transformer_layers": 64, "num_kv_heads": [2] * 64}
@@ -611,6 +646,24 @@ def test_a_request_snaps_to_what_the_config_can_say(config, units, sizes, keep, 
     assert nearest_expressible(config, build, where, units, keep, **choices) == nearest
     assert expressible(config, build, where, units, nearest, **choices)
     assert expressible(config, build, where, units, keep, **choices) == (keep == nearest)
+
+
+def test_an_absent_list_with_one_number_per_layer_becomes_explicit():
+    def shapes(config):
+        heads = config.get("heads_per_layer") or [config["heads"]] * 3
+        return {f"layers.{i}.q": (heads[i] * 8, 40) for i in range(3)}
+
+    target = {"layers.0.q": (48, 40), "layers.1.q": (32, 40), "layers.2.q": (48, 40)}
+    found = fit_config({"heads": 6}, shapes, target, optional=[("heads_per_layer",)])
+    assert found == {"heads": 6, "heads_per_layer": [6, 4, 6]}
+
+
+def test_a_model_may_write_into_its_config():
+    def shapes(config):
+        return {"w": (config["nested"].pop("width"), 8)}
+
+    found = fit_config({"nested": {"width": 6}}, shapes, {"w": (4, 8)})
+    assert found == {"nested": {"width": 4}}
 
 
 def test_effects_show_which_axes_share_a_field():
@@ -663,17 +716,17 @@ def attention(config):
 
 
 def test_a_field_is_probed_anew_where_another_has_changed_what_it_moves():
-    config, truth = ({"heads": n, "kv_heads": 2, "width": m} for n, m in ((4, 24), (3, 12)))
+    config = {"heads": 4, "kv_heads": 2, "width": 24}
+    truth = {"heads": 3, "kv_heads": 1, "width": 12}
     assert fit_config(config, attention, attention(truth)) == truth
 
 
 def test_a_count_does_not_grow_to_make_up_for_another_field():
     def shapes(config):
-        return {name: shape for name, shape in attention(config).items() if name != "sinks"}
+        return {f"{name}_proj": (config[name] * config["width"], 64) for name in ("q", "k")}
 
-    config = {"heads": 4, "kv_heads": 2, "width": 24}
-    truth = {"heads": 2, "kv_heads": 2, "width": 18}  # not 4 heads of 9, and 4 kv heads
-    assert fit_config(config, shapes, shapes(truth)) == truth
+    config, truth = {"q": 4, "k": 2, "width": 24}, {"q": 2, "k": 2, "width": 18}
+    assert fit_config(config, shapes, shapes(truth)) == truth  # and not 4 times 9, with 4 k
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,17 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import plain
 import pytest
-import zoo
 from mlx.utils import tree_flatten, tree_unflatten
-
 from mlx_compress.bridges.mlx_lm import trace_logits
+
+import plain
+import zoo
+from mlx_compress import stream
 from mlx_compress.errors import InputError
 from mlx_compress.execute import run
 from mlx_compress.graph import Graph, Node, Value, trace, with_outputs
-from mlx_compress.stream import segments, stream_backward, stream_forward
+from mlx_compress.stream import groups, segments, stream_backward, stream_forward
 
 LANGUAGE = ["llama", "gpt2", "mixtral", "gemma3n", "falcon_h1", "gemma4_text"]
 PLAIN = ["mlp", "resnet_projected", "mobilenet", "fused_encoder", "lstm", "two_towers"]
@@ -365,3 +366,22 @@ def test_the_random_models_of_these_tests_are_not_degenerate():
     graph, parameters, batches = language_model("llama")
     (first, *_), *_ = streamed(graph, parameters, batches)
     assert np.isfinite(np.array(first)).all() and float(mx.std(first)) > 0.1
+
+
+def test_batches_are_grouped_so_that_what_is_kept_stays_small(monkeypatch):
+    graph, _, batches = language_model("llama")
+    told = []
+    each = sum(
+        math.prod(graph.values[i].shape) * graph.values[i].dtype.size
+        for i in {i for piece in segments(graph) for i in piece.reads}
+    )
+    five = [batches[0]] * 5
+    monkeypatch.setattr(stream, "KEPT", 0.0)
+    monkeypatch.setattr(stream, "KEPT_BYTES", 2 * each)
+    for first, group, progress in groups(graph, five, lambda *a: told.append(a)):
+        assert first in (0, 2, 4) and len(group) == min(2, 5 - first)
+        for done in range(3 * len(group)):  # as a pass over three segments reports
+            progress("forward", done + 1, 3 * len(group))
+    assert told == [("forward", k + 1, 15) for k in range(15)]
+    monkeypatch.setattr(stream, "KEPT_BYTES", 1)
+    assert [len(group) for _, group, _ in groups(graph, five)] == [1] * 5

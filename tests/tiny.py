@@ -2,6 +2,8 @@
 
     build(LLAMA)              the model; every parameter is random
     save(LLAMA, folder)       a checkpoint folder as mlx-lm would open it; returns its weights
+
+Configs are to be read, not changed: `{**LLAMA, "tie_word_embeddings": True}`.
 """
 
 import copy

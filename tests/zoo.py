@@ -950,10 +950,10 @@ CONFIGS = {
         "hidden_act": "silu",
         "rope_scaling": LLAMA3_ROPE,
         "block_configs": [
-            {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 4.0}},
+            {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 10.0}},
             {"attention": {"no_op": True}, "ffn": {"replace_with_linear": True}},
             {"attention": {"replace_with_linear": True}, "ffn": {"no_op": True}},
-            {"attention": {"n_heads_in_group": 4}, "ffn": {"ffn_mult": 6.0}},
+            {"attention": {"n_heads_in_group": 4}, "ffn": {"ffn_mult": 16.0}},
         ],
     },
     "nemotron_h": {
@@ -1256,8 +1256,9 @@ UNSUPPORTED = {
 TIED_ON_LOAD = ("gemma3", "gemma3_text", "recurrent_gemma")
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
-    """The model of `CONFIGS[name]` in eval mode, with evaluated random parameters.
+def build(name: str, seed: int = 0, **changes) -> nn.Module:
+    """The model of `CONFIGS[name]`, with some of its fields changed, in eval mode, with evaluated
+    random parameters.
 
     Floating parameters are float32 and depend on `seed` only; integer ones keep their values.
     """
@@ -1265,13 +1266,13 @@ def build(name: str, seed: int = 0) -> nn.Module:
     from mlx_lm.utils import _get_classes
 
     # Some ModelArgs write into the config they are given.
-    config = copy.deepcopy(CONFIGS[name])
+    config = copy.deepcopy({**CONFIGS[name], **changes})
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
     if name in TIED_ON_LOAD:
         weights = dict(tree_flatten(model.parameters()))
         model.sanitize({p: v for p, v in weights.items() if not p.endswith("lm_head.weight")})
-    if name == "phi3small":
+    if name == "phi3small" and "vocab_size" not in changes:
         # These token ids lie past our vocabulary; their logits would become -inf.
         model._dummy_tokenizer_ids = mx.array([], dtype=mx.int32)
 
