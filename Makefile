@@ -8,7 +8,7 @@ UV := $(shell command -v uv 2>/dev/null)
 VENV = $(if $(UV),uv venv -q --no-python-downloads --python $(PYTHON) .venv,$(PYTHON) -m venv .venv)
 INSTALL = $(if $(UV),uv pip install -q --python .venv/bin/python,.venv/bin/python -m pip install -q)
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench architectures clean
 
 setup: .venv/.ready
 
@@ -23,6 +23,9 @@ lint: setup
 
 bench: setup
 	.venv/bin/python -P -m mlx_compress.benchmarks.lean
+
+architectures: setup
+	.venv/bin/python tests/zoo_checks.py > docs/architectures.md
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from .dims import (
     Axis,
+    Dim,
     Misaligned,
     blend,
     cut_axis,
@@ -86,6 +87,13 @@ class Inference:
             if axis is not chosen:
                 self.unify(axis, chosen)
         return functools.reduce(blend, same, chosen)
+
+    def solid(self, axis: Axis) -> Axis:
+        """The axis as a segment of a sum: with variables of its own where it is wild."""
+        out = [Dim(dim.size) if dim.wild else dim for dim in factors(axis)]
+        if out != factors(axis):
+            self.unify(axis, out)
+        return out
 
 
 def freeze_all(axes: Axes, why: str) -> None:
@@ -321,7 +329,7 @@ def concatenate(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
     shape = ctx.shape(node.outputs[0])
     return [
         [
-            sum_axis([axes[k] for axes in x]) if k == axis else ctx.join([a[k] for a in x], n)
+            sum_axis([ctx.solid(a[k]) for a in x]) if k == axis else ctx.join([a[k] for a in x], n)
             for k, n in enumerate(shape)
         ]
     ]
@@ -331,9 +339,8 @@ def pad(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
     out = list(x[0])
     for axis, low, high in zip(*node.attributes, strict=True):
         if low or high:
-            ends = [new_axis(low, wild=True) if low else None, x[0][axis]]
-            ends.append(new_axis(high, wild=True) if high else None)
-            out[axis] = sum_axis([end for end in ends if end is not None])
+            before, after = [new_axis(low)] if low else [], [new_axis(high)] if high else []
+            out[axis] = sum_axis([*before, ctx.solid(x[0][axis]), *after])
     return [out]
 
 

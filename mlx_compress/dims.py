@@ -91,7 +91,7 @@ def split(dim: Dim, lead: int, tail: int) -> None:
     if dim.segments is None:
         dim.parts = [dim.like(lead), dim.like(tail)]
         return
-    inner, heads = Dim(tail), []
+    inner, heads = dim.like(tail), []
     for segment in dim.segments:
         if size_of(segment) % tail:
             raise Misaligned
@@ -99,7 +99,7 @@ def split(dim: Dim, lead: int, tail: int) -> None:
         rows = size_of(segment) // tail
         unify(segment, [*new_axis(rows), inner])
         heads.append(take_leading(segment, rows))
-    outer = Dim(lead)
+    outer = dim.like(lead)
     outer.segments = heads
     dim.segments, dim.parts = None, [outer, inner]
 
@@ -188,7 +188,6 @@ def _merge(a: Dim, b: Dim, matches: list) -> None:
     a.segments, a.link = None, b
     for x, y in pairs:
         unify(x, y, matches)
-    b.segments = [blend(y, x) for x, y in pairs]
 
 
 def blend(left: Axis, right: Axis) -> Axis:
@@ -202,7 +201,7 @@ def blend(left: Axis, right: Axis) -> Axis:
                 ours.append(left.pop(0))
             else:
                 theirs.append(right.pop(0))
-        out += min(ours, theirs, key=lambda run: sum(dim.wild for dim in leaves(run)))
+        out += theirs if is_wild(ours) else ours
     return out
 
 

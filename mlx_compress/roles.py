@@ -214,7 +214,19 @@ def _mixed(graph: Graph, inference: Inference) -> set[Dim]:
         mixed |= _infinite(node, x, scalars)
         out = _zeros(node, x, [held[value] for value in node.inputs], scalars)
         zero.update((value, out & held[value]) for value in node.outputs)
-    return mixed
+    return _along(mixed, inference)
+
+
+def _along(dims: set[Dim], inference: Inference) -> set[Dim]:
+    """These, and those that the wild ones among them stand along: they have one size."""
+    pairs = [
+        ({dim for dim in leaves(ours) if dim.wild}, set(leaves(theirs)))
+        for matches in inference.matches.values()
+        for ours, theirs in matches
+    ]
+    while more := [theirs - dims for wild, theirs in pairs if wild & dims and theirs - dims]:
+        dims = dims.union(*more)
+    return dims
 
 
 def _zeros(node: Node, x: list[set[Dim]], held: list[set[Dim]], scalars) -> set[Dim]:
