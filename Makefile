@@ -25,7 +25,7 @@ bench: setup
 	.venv/bin/python -P -m mlx_compress.benchmarks.lean
 
 architectures: setup
-	.venv/bin/python tests/zoo_checks.py > docs/architectures.md
+	PYTHONPATH=tests .venv/bin/python -P -c "import mlx_compress, zoo_checks; zoo_checks.main()"
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,10 +1,13 @@
 """Measure checkpoint folders as mlx-lm runs them: loss, speed with its cache, a sample."""
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ..data import Windows
+from ..errors import ResourceError
 from ..evaluate import EvaluateConfig, Subject, evaluate_pair, subject
 from ..options import Options
+from ..report import machine
 from ..stream import Progress, silent
 from .mlx_lm import LanguageModel
 
@@ -17,6 +20,7 @@ def evaluate_folders(
 
     On the CPU both are computed in float32, as half precision is some 30 times slower there.
     """
+    check_memory(dense, compressed)
     config = EvaluateConfig(batch_size=options.batch_size, seed=options.seed)
     models = {"dense": dense, "compressed": compressed}
     subjects = [None if model is None else _subject(model) for model in models.values()]
@@ -25,6 +29,25 @@ def evaluate_folders(
         if model is not None:
             report[name]["sample"] = sample(model, windows, options.seed)
     return report
+
+
+def check_memory(*models: LanguageModel | None) -> None:
+    """Raise `ResourceError` when the models together are larger than this machine's memory."""
+    needs = sum(_loaded_bytes(model) for model in models if model is not None)
+    has = machine()["memory_bytes"]
+    if needs > has:
+        raise ResourceError(
+            f"evaluation loads {needs / 1e9:.1f} GB of weights, this machine has {has / 1e9:.1f} "
+            "GB; prune without it (compress prune), or evaluate the models one at a time."
+        )
+
+
+def _loaded_bytes(model: LanguageModel) -> int:
+    whole = mx.default_device().type == mx.DeviceType.cpu
+    return sum(
+        array.size * (4 if whole else array.dtype.size)
+        for _, array in tree_flatten(model.module().parameters())
+    )
 
 
 def sample(model: LanguageModel, windows: Windows, seed: int, *, tokens: int = 40) -> dict:

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .axis_rules import INDEXED, Inference, freeze_all
+from .axis_rules import INDEXED, INPUT, Inference, freeze_all
 from .dims import Axis, Dim, factors, freeze, leaves, size_of
 from .graph import Graph, Node
 from .roles import Roles
@@ -146,7 +146,7 @@ def _infer(graph: Graph) -> Inference:
     inference = Inference(graph)
     used = {i for node in graph.nodes for i in node.inputs} | set(graph.outputs)
     for value in graph.inputs:
-        inference.axes[value] = inference.fresh(value, frozen="the model's input")
+        inference.axes[value] = inference.fresh(value, frozen=INPUT)
     for value in graph.constants:
         inference.axes[value] = inference.fresh(value, frozen="meets a constant array")
     for value in graph.parameters.values():

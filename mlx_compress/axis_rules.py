@@ -30,6 +30,7 @@ from .execute import ELEMENTWISE, window
 from .graph import Graph, Node
 
 Axes = list[Axis]
+INPUT = "the model's input"
 INDEXED = "indexed by position"
 
 

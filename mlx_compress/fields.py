@@ -283,7 +283,8 @@ def nearest_expressible(
     """The number of units to keep instead of `keep`: near it, and `expressible`.
 
     Tries `keep`, then the nearest multiple below `units` of each power of two and of each divisor
-    of `units`, small ones first. `units` where nothing else will do: this dimension can not be pruned alone.
+    of `units`, small ones first. `units` where nothing else will do: this dimension can not be
+    pruned alone.
     """
     build = memoised(shapes_of)
     grains = {2**i for i in range(units.bit_length())} | {

@@ -23,7 +23,7 @@ from .allocate import (
 )
 from .axes import NamedAxes, named_axes
 from .bridges.carriers import Carrier, advice, carrier_named, carriers, write_carrier
-from .bridges.measure import evaluate_folders
+from .bridges.measure import check_memory, evaluate_folders
 from .bridges.mlx_lm import LanguageModel, open_model
 from .checkpoint import (
     RECORD,
@@ -217,6 +217,7 @@ def compress(
     """
     started = time.perf_counter()
     notes: list[str] = []
+    check_memory(model)
     windows = read_windows(model, data, "evaluation", options, notes)
     if plan:
         planned = apply_plan(model, plan, carrier=carrier)

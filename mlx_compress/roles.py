@@ -5,7 +5,7 @@
 | `experts` | batched weights are picked along it by indices that the model computed |
 | `heads` | a product of two activations (attention) runs separately for each of its units |
 | `query_heads` | the same, with one side broadcast: the query heads that share a KV head |
-| `head_dim` | it lies inside a head |
+| `head_dim` | it lies inside a head, or such a product adds up over it |
 | `width` | a residual sum, over several blocks, carries it |
 | `channels` | anything else that lies between a weight that makes it and one that reads it |
 | `fixed` | it cannot change: an input, an output, positions, a constant |
@@ -14,7 +14,7 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
-from .axis_rules import Inference
+from .axis_rules import INPUT, Inference
 from .dims import Axis, Dim, factors, is_wild, leaves, size_of
 from .graph import Graph, Node
 
@@ -27,6 +27,7 @@ class Roles:
     experts: set[Dim]
     heads: set[Dim]
     query_heads: set[Dim]
+    head_dims: set[Dim]
     residual: set[Dim]
     mixed: set[Dim]
 
@@ -39,6 +40,7 @@ class Roles:
             experts={dim for axis, _ in inference.routed for dim in leaves(axis)},
             heads=heads,
             query_heads=query_heads - heads,
+            head_dims=_added_up_in_heads(graph, inference, dynamic),
             residual=_residual(graph, inference, dynamic),
             mixed=_mixed(graph, inference),
         )
@@ -54,7 +56,8 @@ class Roles:
             return "query_heads"
         if dim in self.residual and len({_block(path) for path, _ in slots}) > 1:
             return "width"
-        return "head_dim" if self._inside_a_head(dim, slots) else "channels"
+        inside = dim in self.head_dims or self._inside_a_head(dim, slots)
+        return "head_dim" if inside else "channels"
 
     def _inside_a_head(self, dim: Dim, slots) -> bool:
         for path, k in slots:
@@ -136,6 +139,17 @@ def _attention(graph: Graph, inference: Inference, dynamic: set[int]) -> tuple[s
         one |= broadcast
         both -= broadcast
     return both, one
+
+
+def _added_up_in_heads(graph: Graph, inference: Inference, dynamic: set[int]) -> set[Dim]:
+    """What products of activations add up over, where they run separately for more than a batch."""
+    out: set[Dim] = set()
+    for node in graph.nodes:
+        if node.op == "Matmul" and dynamic.issuperset(node.inputs):
+            *batch, _, inner = inference.axes[node.inputs[0]]
+            if any(size_of(a) > 1 and {d.frozen for d in leaves(a)} != {INPUT} for a in batch):
+                out.update(leaves(inner))
+    return out
 
 
 def _beside_wild(axis: Axis, other: Axis) -> set[Dim]:

@@ -258,3 +258,12 @@ def test_whole_layers_are_dropped_and_renumbered(call, tmp_path):
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 4
     weights = mx.load(str(out / "model.safetensors"))
     assert {p.split(".")[2] for p in weights if "layers" in p} == set("0123")
+
+
+def test_too_little_memory_is_said_before_the_long_part(call, tmp_path, monkeypatch):
+    from mlx_compress.bridges import measure
+
+    monkeypatch.setattr(measure, "machine", lambda: {"memory_bytes": 10_000_000})
+    result = call("--model", MODEL, "--mlx-path", tmp_path / "out", "--data", BOOKS, *PRUNE)
+    refused(result, "GB", "compress prune", code=4)
+    assert not list(tmp_path.iterdir())

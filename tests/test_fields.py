@@ -539,7 +539,7 @@ def test_counts_and_indices_of_layers_are_read_in_every_way_at_once():
         }
 
     blocks = [{"heads": n} for n in (2, 3, 2, 1)]
-    config = {"total": 6, "reused": 2, "blocks": blocks, "attention_from_1": [2, 4]}
+    config = {"total": 6, "reused": 2, "blocks": blocks, "attention_from_1": [1, 2, 4]}
     layers = {"layers": [1, 2, 3]}
     target = without_layers(stack(config), layers)
     found = fit_config(config, stack, target, layers=layers)
@@ -556,7 +556,7 @@ def test_two_counts_of_layers_change_together_one_of_them_absent():
             for i in range(config["also"])
         }
 
-    config, layers = {"also": 4, "attention": [0, 3]}, {"layers": [0, 1, 3]}
+    config, layers = {"also": 4, "attention": [0, 2, 3]}, {"layers": [0, 1, 3]}
     target = without_layers(stack(config), layers)
     found = fit_config(config, stack, target, layers=layers, optional=[("depth",)])
     assert found == {"also": 3, "attention": [0, 2], "depth": 3}

@@ -1,7 +1,7 @@
 """The whole road on one architecture of the zoo, and the table of what came out of it.
 
-    check("llama", folder)                                     write, open, prune, reload: a `Row`
-    python tests/zoo_checks.py > docs/architectures.md         the table of all (make architectures)
+    check("llama", folder)     write, open, prune, reload: a `Row`
+    main()                     the table of all (`make architectures`)
 
 A kind of dimension is "ok" when one unit in four was removed (one where there are fewer), stock
 mlx-lm opened the result, and its logits equal those of the model in which the removed units are
@@ -34,6 +34,7 @@ from mlx_compress.options import Options
 from mlx_compress.plan import PrunePlan
 from mlx_compress.prune import zero_parameters
 
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 TOLERANCE = 1e-4
 CHANGE = 1e-3  # by how much a cut must move the logits at least
 LENGTH = 7
@@ -71,7 +72,8 @@ def check(name: str, folder: Path, *, prove: bool = False) -> Row:
         return Row(name, (), *[reason_of(refused)] * 3, None)
     bench = Bench(folder, model, named, tokens, logits(model.module(), tokens), prove)
     errors = [relative(bench.dense, logits(module, tokens)), bench.graph_error()]
-    channels, heads, experts = bench.expressed("channels"), bench.heads(), bench.expressed("experts")
+    channels, heads = bench.expressed("channels"), bench.heads()
+    experts = bench.expressed("experts")
     errors += [bench.equals_zeroing(parts) for parts in bench.together([channels, heads])]
     said = experts.said
     if experts.dims:
@@ -264,8 +266,8 @@ pruned and opened again by stock mlx-lm. `make architectures` writes this page, 
 - *channels*: one in four removed from each layer, at random. *heads*: one KV group of each layer,
   or one query head of each group where no config tells fewer groups. *experts*: one of each layer.
 - `ok`: the logits equal those of the model whose removed units are zero (experts: never chosen).
-  `-`: there is none that can be removed exactly. Anything else stands in the way of a stock config.
-- *error*: the largest relative difference of logits in all these checks; below 1e-4 where all is ok.
+  `-`: there is none that can be removed exactly. Anything else is what stands in the way.
+- *error*: the largest relative difference of logits in the checks that are ok; at most 1e-4.
 
 | architecture | free | channels | heads | experts | error |
 |---|---|---|---|---|---|
@@ -298,8 +300,5 @@ def main() -> None:
     for name in zoo.CONFIGS:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(check(name, Path(folder)))
-    print(table(rows), end="")
-
-
-if __name__ == "__main__":
-    main()
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(table(rows), encoding="utf8")
