@@ -57,7 +57,14 @@ class Inference:
         return self.graph.values[value].shape
 
     def unify(self, left: Axis, right: Axis) -> None:
-        unify(left, right, self.matches.setdefault(self.position, []))
+        """Unify two axes. What a wild one stands along twice in a node must keep one size."""
+        matches = self.matches.setdefault(self.position, [])
+        before = {tuple(ours): theirs for ours, theirs in reversed(matches)}
+        count = len(matches)
+        unify(left, right, matches)
+        for ours, theirs in matches[count:]:
+            if tuple(ours) in before:
+                unify(before[tuple(ours)], theirs)
 
     def fresh(self, value: int, *, wild: bool = False, frozen: str | None = None) -> Axes:
         return [new_axis(n, wild=wild, frozen=frozen) for n in self.shape(value)]
@@ -279,12 +286,12 @@ def scatter(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
 def slices(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
     start, end, stride = node.attributes
     source = ctx.shape(node.inputs[0])
-    out = [_slice_axis(*p) for p in zip(x[0], source, start, end, stride, strict=True)]
+    out = [_slice_axis(ctx, *p) for p in zip(x[0], source, start, end, stride, strict=True)]
     _carry_indices(ctx, node)
     return [out]
 
 
-def _slice_axis(axis: Axis, n: int, start: int, end: int, stride: int) -> Axis:
+def _slice_axis(ctx: Inference, axis: Axis, n: int, start: int, end: int, stride: int) -> Axis:
     cut = window(n, start, end, stride)
     kept = range(n)[cut]
     if len(kept) == n and stride == 1:
@@ -296,7 +303,7 @@ def _slice_axis(axis: Axis, n: int, start: int, end: int, stride: int) -> Axis:
         return cut_axis(axis, sizes)[1 if kept.start else 0]
     if 0 <= cut.start < stride and n % stride == 0 and len(kept) == n // stride:
         lead, step = new_axis(n // stride), new_axis(stride, frozen="strided slice")
-        unify(axis, [*lead, *step])
+        ctx.unify(axis, [*lead, *step])
         return lead
     freeze(axis, "strided slice")
     return new_axis(len(kept), frozen="strided slice")
@@ -311,7 +318,7 @@ def slice_update(ctx: Inference, node: Node, x: list[Axes]) -> list[Axes]:
         if is_wild(axis) and not is_wild(x[1][k]):
             axis = new_axis(n)
             ctx.unify(x[0][k], axis)
-        ctx.unify(_slice_axis(axis, n, start[k], end[k], stride[k]), x[1][k])
+        ctx.unify(_slice_axis(ctx, axis, n, start[k], end[k], stride[k]), x[1][k])
         out.append(axis)
     return [out]
 

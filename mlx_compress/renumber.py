@@ -8,7 +8,7 @@ that are special. Which number is which is not known by name: try, build, compar
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, islice
 
-from .probes import Build, Path, Shapes, is_number, list_lengths, numbers, put
+from .probes import Build, Path, Shapes, get, list_lengths, numbers, put
 
 Edits = dict[Path, object]
 TRIALS = 120  # combinations of edits looked at in each round
@@ -66,7 +66,7 @@ def renumbered(
         if not any(path[:i] in filtered for path in edits for i in range(len(path)))
     ]
     best = descend(build, put(config, filtered), choices, expected, target)
-    best = put(best, unread_count(build, config, best, dropped))
+    best = put(best, stale(build, config, best, dropped))
     yield best
     if distance(build(best), expected, target) == 0:
         for edits in choices:
@@ -75,14 +75,23 @@ def renumbered(
                 yield other
 
 
-def unread_count(build: Build, config: dict, best: dict, dropped) -> Edits:
-    """The number of layers, where the model takes it from a list: the one number equal to it."""
+def stale(build: Build, config: dict, best: dict, dropped) -> Edits:
+    """What shapes do not ask for, but what can not stay.
+
+    The number of layers, where the model counts a list: the one number equal to it. And a list of
+    indices of which the last is behind the last layer.
+    """
     edits: Edits = {}
     for length, keep in dropped.values():
-        counts = [p for p, value in numbers(config) if isinstance(value, int) and value == length]
-        if len(counts) == 1 and build(put(best, {counts[0]: len(keep)})) == build(best):
-            edits[counts[0]] = len(keep)
-    return edits
+        counts = [p for p, value in numbers(best) if isinstance(value, int) and value == length]
+        edits |= {counts[0]: len(keep)} if len(counts) == 1 else {}
+        for path, value in sequences(best):
+            for first in (0, 1):
+                other = indices(value, length, keep, first)
+                behind = other is not None and value[-1] >= len(keep) + first
+                if behind and value == get(config, path):
+                    edits.setdefault(path, other)
+    return {p: value for p, value in edits.items() if build(put(best, {p: value})) == build(best)}
 
 
 def descend(build: Build, config: dict, choices: list[Edits], expected: Shapes, target: Shapes):
@@ -152,12 +161,20 @@ def listed(value, length: int, keep: list[int]) -> Iterator:
         return
     if len(value) == length:
         yield value
-    whole = all(is_number(v) and isinstance(v, int) for v in value)
-    if not value or not whole or sorted(set(value)) != value:
-        return
     for first in (0, 1):
-        if first <= value[0] and value[-1] < length + first:
-            yield [keep.index(v - first) + first for v in value if v - first in keep]
+        other = indices(value, length, keep, first)
+        if other is not None:
+            yield other
+
+
+def indices(value, length: int, keep: list[int], first: int) -> list[int] | None:
+    """A rising list of layer indices, counted from `first`, after the drop; None if it is none."""
+    whole = isinstance(value, list) and all(type(v) is int for v in value)
+    if not whole or not value or sorted(set(value)) != value:
+        return None
+    if value[0] < first or value[-1] >= length + first:
+        return None
+    return [keep.index(v - first) + first for v in value if v - first in keep]
 
 
 def counted(value: int, length: int, keep: list[int]) -> Iterator[int]:
