@@ -123,9 +123,6 @@ def unify(left: Axis, right: Axis, matches: list | None = None) -> None:
     alike both are frozen.
     """
     matches = [] if matches is None else matches
-    if size_of(left) == size_of(right) and (is_wild(left) or is_wild(right)):
-        matches += [(x, y) for x, y in ((left, right), (right, left)) if is_wild(x) and x]
-        return
     try:
         _unify(left, right, matches)
     except Misaligned:
@@ -144,9 +141,9 @@ def _unify(left: Axis, right: Axis, matches: list) -> None:
         if a is b:
             left, right = left[1:], right[1:]
             continue
-        run_a, run_b = _run(left, b, matches), _run(right, a, matches)
-        if run_a or run_b:
-            left, right = left[run_a or 1 :], right[run_b or 1 :]
+        along_right, along_left = _stands(left, right, matches), _stands(right, left, matches)
+        if along_right or along_left:
+            left, right = left[along_left or 1 :], right[along_right or 1 :]
         elif a.size == b.size:
             _merge(a, b, matches)
             left, right = left[1:], right[1:]
@@ -158,16 +155,14 @@ def _unify(left: Axis, right: Axis, matches: list) -> None:
             raise Misaligned
 
 
-def _run(axis: Axis, dim: Dim, matches: list) -> int:
-    """How many leading wild factors of `axis` together stand along `dim`; 0 if they do not."""
-    size, count = 1, 0
-    for factor in axis:
-        if not is_wild([factor]) or size >= dim.size:
-            break
-        size, count = size * factor.size, count + 1
-    if size != dim.size or not count:
+def _stands(wild: Axis, dims: Axis, matches: list) -> int:
+    """How many leading factors of `dims` the first of `wild` stands along; 0 if it is not wild."""
+    if not is_wild(wild[:1]):
         return 0
-    matches.append((axis[:count], [dim]))
+    count = next((n for n in range(1, len(dims) + 1) if size_of(dims[:n]) >= wild[0].size), 0)
+    if size_of(dims[:count]) != wild[0].size:
+        return 0
+    matches.append((wild[:1], dims[:count]))
     return count
 
 

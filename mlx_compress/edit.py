@@ -140,20 +140,10 @@ class _Editor:
 
     def _wild_of_input(self, position: int, value: int, wild: Wild) -> Wild:
         sizes = dict(wild)
-        for ours, theirs in self.named.inference.matches.get(position, ()):
-            for dim, size in self._matched(ours, theirs, wild):
-                if dim not in wild:
-                    sizes[dim] = size
+        for (ours,), theirs in self.named.inference.matches.get(position, ()):
+            if find(ours) not in wild:
+                sizes[find(ours)] = self._size(theirs, wild)
         return sizes
-
-    def _matched(self, ours: Axis, theirs: Axis, wild: Wild) -> Iterator[tuple[Dim, int]]:
-        if len(ours) == 1:
-            yield find(ours[0]), self._size(theirs, wild)
-            return
-        other = factors(theirs)
-        if [d.size for d in ours] == [d.size for d in other]:
-            for x, y in zip(ours, other, strict=True):
-                yield x, self._dim_size(y, wild)
 
     # ---- the new graph
 

@@ -40,7 +40,7 @@ from .edit import edit_graph
 from .errors import InputError
 from .expressible import fitted_config, snap
 from .importance import NEEDS_DATA
-from .layers import dropped_parameters, settled, without
+from .layers import dropped_parameters, renamed_paths, settled, without
 from .options import KINDS, Options
 from .plan import PrunePlan, describe
 from .prune import check_plan, picks, prune_array
@@ -156,7 +156,7 @@ def save_pruned(
             write_carrier(folder, model, named, planned.plan, carrier, progress=progress)
         write_config(folder, planned.config)
         copy_rest(model.path, folder)
-        error = _prove(model, planned.plan, folder, dtypes)
+        error = _prove(model, planned, folder, dtypes)
         record = {
             "plan": planned.plan.to_json(),
             "parent": parent_record(model.path),
@@ -173,17 +173,23 @@ def _dtypes(model: LanguageModel) -> dict[str, mx.Dtype]:
     return {path: array.dtype for path, array in tree_flatten(model.module().parameters())}
 
 
-def _prove(model, plan: PrunePlan, folder: Path, dtypes) -> float:
+def _prove(model, planned: Planned, folder: Path, dtypes) -> float:
     """Compare stock mlx-lm's logits with the edited graph's, on random tokens, as on disk."""
+    plan = planned.plan
     named = named_axes(model.trace(mx.zeros((1, PROOF_TOKENS), mx.int32)))
     vocabulary = named.graph.values[named.graph.outputs[0]].shape[-1]
     tokens = np.random.default_rng(0).integers(1, vocabulary, (1, PROOF_TOKENS)).astype(np.int32)
-    graph = edit_graph(named, plan)
     logits: list[mx.array] = []
+    paths = {path: path for path in named.graph.parameters}
+    try:
+        graph = edit_graph(named, plan)
+    except InputError:  # experts that a router ranks: take the graph of the new config instead
+        graph = model.trace_config(planned.config, mx.array(tokens))
+        paths = {new: old for old, new in renamed_paths(named, plan).items()}
 
-    def fetch(paths):
-        arrays = model.fetch(paths)
-        return {p: prune_array(arrays.pop(p), picks(named, plan, p)) for p in list(arrays)}
+    def fetch(wanted):
+        arrays = model.fetch([paths[path] for path in wanted])
+        return {p: prune_array(arrays[paths[p]], picks(named, plan, paths[p])) for p in wanted}
 
     stream_forward(
         graph, [[mx.array(tokens)]], fetch, on_outputs=lambda b, out: logits.append(out[0])

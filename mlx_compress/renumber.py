@@ -78,13 +78,14 @@ def renumbered(
 def stale(build: Build, config: dict, best: dict, dropped) -> Edits:
     """What shapes do not ask for, but what can not stay.
 
-    The number of layers, where the model counts a list: the one number equal to it. And a list of
-    indices of which the last is behind the last layer.
+    The number of layers, where the model counts a list instead: the one number equal to it. And a
+    list of indices of which the last is behind the last layer.
     """
     edits: Edits = {}
     for length, keep in dropped.values():
-        counts = [p for p, value in numbers(best) if isinstance(value, int) and value == length]
-        edits |= {counts[0]: len(keep)} if len(counts) == 1 else {}
+        counts = [p for p, value in numbers(config) if isinstance(value, int) and value == length]
+        if len(counts) == 1 and get(best, counts[0]) == length:
+            edits[counts[0]] = len(keep)
         for path, value in sequences(best):
             for first in (0, 1):
                 other = indices(value, length, keep, first)

@@ -285,6 +285,7 @@ def test_experts_heads_and_widths_of_deepseek_are_found_together():
         (LLAMA, "model.layers", 1, {"num_hidden_layers": 2}),
         (QWEN2, "model.layers", 0, {"num_hidden_layers": 2}),
         (GPT2, "model.h", 1, {"n_layer": 2}),
+        (GPT2 | {"n_layer": 2, "n_head": 2}, "model.h", 1, {"n_layer": 1}),
         (MAMBA, "backbone.layers", 1, {"num_hidden_layers": 2}),
         (DEEPSEEK_V3, "model.layers", 1, {"num_hidden_layers": 2}),
         (DEEPSEEK_V3, "model.layers", 0, {"num_hidden_layers": 2, "first_k_dense_replace": 0}),

@@ -1,4 +1,4 @@
-"""Every architecture that mlx-lm has and the zoo builds, pruned and opened again by stock mlx-lm."""
+"""Every architecture that the zoo builds, pruned and opened again by stock mlx-lm."""
 
 import mlx.core as mx
 import pytest
