@@ -301,7 +301,7 @@ def _slice_axis(ctx: Inference, axis: Axis, n: int, start: int, end: int, stride
     if stride == 1 and len(kept):
         sizes = [size for size in (kept.start, len(kept), n - kept.stop) if size]
         return cut_axis(axis, sizes)[1 if kept.start else 0]
-    if 0 <= cut.start < stride and n % stride == 0 and len(kept) == n // stride:
+    if n % stride == 0 and len(kept) == n // stride:
         lead, step = new_axis(n // stride), new_axis(stride, frozen="strided slice")
         ctx.unify(axis, [*lead, *step])
         return lead

@@ -118,6 +118,8 @@ def test_a_count_that_is_not_what_was_asked_for_is_told_once_for_all_layers():
     assert request(None, dims, Options(pruning_ratio=0.25)).notes == [
         "layers.*.mlp.channels: 8 of 10 kept, where 7.5 was asked for"
     ]
+    # 10 * (1 - 0.7) is not quite 3
+    assert request(None, dims[:3], Options(pruning_ratio=0.7)).notes == []
     rounded = request(None, [dimension(size=1000)], Options(pruning_ratio=0.3, round_to=64))
     assert rounded.notes == ["mlp.channels: 704 of 1000 kept, where 700 was asked for"]
 

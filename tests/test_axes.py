@@ -70,12 +70,16 @@ def test_concatenated_activations_are_read_by_a_sum_of_their_channels():
 # ---- attention
 
 
-def attention(x, q, k, v, o, *, heads, turn=lambda a: a, mask=None):
+def same(a):
+    return a
+
+
+def attention(x, q, k, v, o, *, heads, turn=same, widen=same, mask=None):
     def split(w):
         return (x @ w).reshape(*x.shape[:2], -1, q.shape[1] // heads).transpose(0, 2, 1, 3)
 
     y = mx.fast.scaled_dot_product_attention(
-        turn(split(q)), turn(split(k)), split(v), scale=0.5, mask=mask
+        turn(split(q)), widen(turn(split(k))), widen(split(v)), scale=0.5, mask=mask
     )
     return y.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1) @ o
 
@@ -96,6 +100,12 @@ def test_grouped_query_attention_is_heads_times_query_heads_times_head_dim():
         "head_dim": ("head_dim", 4, None, True),
         "head_dim_2": ("head_dim", 4, None, True),
     }
+
+
+def test_repeating_key_value_heads_for_each_query_head_says_the_same():
+    repeat = partial(mx.repeat, repeats=3, axis=1)
+    repeated = axes(partial(attention, heads=6, widen=repeat), (2, 7, 6), **PROJECTIONS)
+    assert found(repeated) == found(axes(partial(attention, heads=6), (2, 7, 6), **PROJECTIONS))
 
 
 def test_one_shared_key_value_head_leaves_only_query_heads():
@@ -152,13 +162,14 @@ def test_channels_of_experts_are_chosen_within_each_expert():
 
 
 def test_channels_of_experts_that_are_not_picked_alike_are_not_chosen_within_them():
-    def two_routers(x, router, other, up, down):
-        first, second = (mx.argmax(x @ w, axis=-1, keepdims=True) for w in (router, other))
-        y = mx.gather_mm(mx.expand_dims(x, (-2, -3)), up, rhs_indices=first)
-        return mx.gather_mm(nn.relu(y), down, rhs_indices=second).squeeze((-2, -3))
+    def best_and_worst(x, router, up, down):
+        best, worst = (f(x @ router, axis=-1, keepdims=True) for f in (mx.argmax, mx.argmin))
+        y = mx.gather_mm(mx.expand_dims(x, (-2, -3)), up, rhs_indices=best)
+        return mx.gather_mm(nn.relu(y), down, rhs_indices=worst).squeeze((-2, -3))
 
-    shapes = {"router": (4, 3), "other": (4, 3), "up": (3, 4, 8), "down": (3, 8, 2)}
-    assert axes(two_routers, (5, 4), **shapes).dimensions["channels"].within is None
+    named = axes(best_and_worst, (5, 4), router=(4, 3), up=(3, 4, 8), down=(3, 8, 2))
+    assert len(named.dimensions["experts"].slots) == 3
+    assert named.dimensions["channels"].within is None
 
 
 # ---- what is never offered
@@ -298,6 +309,21 @@ def test_a_reshape_that_cuts_across_an_axis_freezes_that_axis_alone():
 # ---- kinds, names, exactness
 
 
+def test_what_attention_adds_up_over_is_a_head_dim_even_if_its_heads_cannot_be_pruned():
+    slopes = mx.array([1.0, 2.0]).reshape(2, 1, 1)
+
+    def alibi(x, q, k):
+        q, k = ((x @ w).reshape(3, 7, 2, 4).swapaxes(1, 2) for w in (q, k))
+        return mx.softmax(q @ k.swapaxes(2, 3) * slopes, axis=-1)
+
+    assert kinds(axes(alibi, (3, 7, 6), q=(6, 8), k=(6, 8))) == [("head_dim", 4)]
+
+
+def test_what_a_product_of_two_activations_without_heads_adds_up_over_is_channels():
+    named = axes(lambda x, a, b: (x @ a) @ (x @ b).swapaxes(1, 2), (3, 5, 4), a=(4, 6), b=(4, 6))
+    assert kinds(named) == [("channels", 6)]
+
+
 def test_what_a_residual_sum_carries_between_blocks_is_the_width():
     def residual(x, **p):
         x = x @ p["stem.a"]
@@ -343,9 +369,12 @@ EXACT = {
     "product of one exp": (lambda x, a, b: mx.exp(x @ a) @ (x @ b.T).T, True),
     "product of two exps": (lambda x, a, b: mx.exp(x @ a) @ mx.exp(x @ b.T).T, False),
     "product of shifted": (lambda x, a, b: (x @ a + 1) @ (x @ b.T - 1).T, False),
+    "product of biased": (
+        lambda x, a, b: mx.addmm(mx.array(1.0), x, a) @ mx.addmm(mx.array(1.0), x, b.T).T, False
+    ),
     "product with an inverse": (lambda x, a, b: (x @ a) @ (1 / (x @ b.T)).T, False),
     "normed weight": (lambda x, a, b: x @ (a / mx.linalg.norm(a, axis=0)) @ b, False),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -354,3 +383,12 @@ def test_a_dimension_is_exact_where_removing_equals_zeroing(name):
     named = axes(function, (5, 4), a=(4, 6), b=(6, 4))
     (dimension,) = named.free()
     assert (dimension.size, dimension.exact) == (6, exact)
+
+
+def test_a_softmax_over_repeated_units_is_not_exact_for_their_number_either():
+    def repeated(x, a, b, c):
+        y = mx.softmax(mx.repeat(x @ a, 4, axis=-1), axis=-1)
+        return y @ (b * c)
+
+    named = axes(repeated, (5, 4), a=(4, 6), b=(24, 3), c=(24, 1))
+    assert {d.size: d.exact for d in named.free()} == {6: False, 4: False}

@@ -151,6 +151,26 @@ def test_moments_are_sums_over_the_rows_that_a_layer_is_given(rows):
         np.testing.assert_allclose(held.norm[expert], norm, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [2, 40])
+def test_a_row_that_several_experts_read_counts_for_each_of_them(rows):
+    batches = tiny.batches(rows=rows)
+    model = tiny.build(tiny.MIXTRAL)
+    named = axes_of(model, batches)
+    statistics = calibrate(named, batches, fetcher(model), dims=["width"])
+    moments = [held for (_, experts), held in statistics.moments.items() if experts is not None]
+    assert len(moments) == 2  # one for each layer: gate and up read the same value
+    for held, layer in zip(moments, model.model.layers, strict=True):
+        assert held.square.shape == (3, 16)
+        calls = recorded(model, layer, "block_sparse_moe", batches)
+        router = layer.block_sparse_moe.gate
+        for expert in range(3):
+            square = np.zeros(16)
+            for x, _ in calls:
+                weakest = np.argmin(np.array(router(x)), axis=-1)  # two of three are picked
+                square += (np.array(x)[weakest != expert] ** 2).sum(axis=0)
+            np.testing.assert_allclose(held.square[expert], square, rtol=1e-4)
+
+
 def test_every_row_goes_to_as_many_experts_as_the_router_picks():
     batches = tiny.batches()
     model = tiny.build(tiny.MIXTRAL)

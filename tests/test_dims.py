@@ -12,6 +12,7 @@ from mlx_compress.axes import _coordinates
 from mlx_compress.axis_rules import Inference
 from mlx_compress.dims import (
     Misaligned,
+    blend,
     cut_axis,
     factors,
     freeze,
@@ -128,6 +129,27 @@ def test_a_wild_axis_couples_nothing_and_tells_what_it_stands_along():
     unify(b, wild, matches)
     assert factors(a) != factors(b) and is_wild(wild) and not is_wild(a)
     assert matches == [(wild, a), (wild, b)]
+
+
+def test_what_a_wild_axis_is_cut_into_is_wild():
+    product, total = new_axis(6, wild=True), new_axis(6, wild=True)
+    split(factors(product)[0], 2, 3)
+    cut_axis(total, [2, 4])
+    assert all(dim.wild for dim in leaves(product + total)) and len(factors(product)) == 2
+
+
+def test_two_wild_factors_that_stand_along_one_variable_cut_it():
+    wild, whole, matches = new_axis(2, wild=True) + new_axis(3, wild=True), new_axis(6), []
+    unify(wild, whole, matches)
+    first, second = factors(whole)
+    assert matches == [([wild[0]], [first]), ([wild[1]], [second])]
+
+
+def test_blending_takes_from_each_axis_what_is_not_wild():
+    a, b = new_axis(2), new_axis(3)
+    left, right = a + new_axis(3, wild=True), new_axis(2, wild=True) + b
+    assert blend(left, right) == blend(right, left) == a + b
+    assert blend(new_axis(6, wild=True), a + b) == blend(a + b, new_axis(6, wild=True)) == a + b
 
 
 def test_a_wild_factor_within_a_product_couples_only_the_others():

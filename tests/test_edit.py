@@ -158,6 +158,38 @@ def test_a_pad_of_a_segment_keeps_its_width():
     pruning_equals_zeroing(case, {"channels": [0, 4], "channels_2": [1]})
 
 
+def test_a_cut_inside_the_rows_of_a_frozen_axis_stays_where_it_is():
+    def halves(x, a, gain, b):
+        left, right = mx.split(((x @ a).reshape(5, 3, 2) * gain).reshape(5, 6), 2, axis=-1)
+        return (left * right) @ b
+
+    case = traced(halves, (5, 4), a=(4, 6), gain=(2,), b=(3, 7))
+    pruning_equals_zeroing(case, {})
+
+
+REPEATED = {
+    "padded": lambda y: mx.pad(y, [(0, 0), (1, 2)]),
+    "tiled": lambda y: mx.concatenate([y, y], axis=-1),
+    "joined": lambda y: mx.concatenate([y, mx.zeros((5, 3)), y[:, ::2]], axis=-1),
+    "strided": lambda y: mx.repeat(y, 2, axis=-1)[:, 1::2],
+    "twice": lambda y: mx.repeat(y, 2, axis=-1),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_repeated_units_follow_what_each_reader_needs(name):
+    def repeated(x, a, gain, b):
+        return (REPEATED[name](mx.repeat(x @ a, 4, axis=-1)) * gain) @ b
+
+    size = REPEATED[name](mx.zeros((5, 24))).shape[1]
+    named, inputs, parameters = traced(repeated, (5, 4), a=(4, 6), gain=(size,), b=(size, 3))
+    dimensions = [d for d in named.free() if d.size > 1]
+    assert len(dimensions) > 1
+    for some in (*([d] for d in dimensions), dimensions):
+        plan = plain.random_plan(named, some, seed=4)
+        pruning_equals_zeroing((named, inputs, parameters), {c.name: c.keep for c in plan})
+
+
 def normalised(x, a, b):
     y = x @ a
     return (y - y.mean(-1, keepdims=True)) / mx.sqrt(y.var(-1, keepdims=True) + 0.1) @ b

@@ -108,7 +108,7 @@ def layer(rng, x, pool, weight):
         case 0:
             return x @ weight(c, 6) + weight(6)
         case 1:
-            return rng.choice([nn.gelu, mx.exp, nn.relu, mx.tanh, nn.relu6])(x / 2)
+            return rng.choice([nn.gelu, mx.sigmoid, nn.relu, mx.tanh, nn.relu6])(x / 2)
         case 2:
             return x + rng.choice(alike)
         case 3:
