@@ -37,10 +37,10 @@ class LanguageModel:
     _paths: frozenset[str] = frozenset()
     _absent: frozenset[str] = frozenset()
 
-    def module(self) -> nn.Module:
-        """The stock model of this folder, dequantised, with lazy weights."""
+    def module(self, *, dequantised: bool = True) -> nn.Module:
+        """The stock model of this folder, dequantised if need be, with lazy weights."""
         with _one_line(self.path):
-            return _load(self.path, self.trust_remote_code)[0]
+            return _load(self.path, self.trust_remote_code, dequantised)[0]
 
     def fetch(self, paths: Iterable[str]) -> dict[str, mx.array]:
         """Parameters by path, not yet read; each is handed out once and then opened anew."""
@@ -146,11 +146,11 @@ def trace_logits(module: nn.Module, tokens: mx.array, *, dtype=None) -> Graph:
     return graph if len(graph.outputs) == 1 else dataclasses.replace(graph, outputs=(logits,))
 
 
-def _load(path: Path, trust_remote_code: bool) -> tuple[nn.Module, dict]:
+def _load(path: Path, trust_remote_code: bool, dequantised: bool = True) -> tuple[nn.Module, dict]:
     from mlx_lm.utils import dequantize_model, load_model
 
     model, config = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
-    if any(key in config for key in NUMERICS_KEYS):
+    if dequantised and any(key in config for key in NUMERICS_KEYS):
         model = dequantize_model(model)
     return model, config
 
