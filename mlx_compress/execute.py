@@ -332,6 +332,7 @@ OPS = {
     "Scan": _scan,
     "Scatter": _scatter,
     "ScatterAxis": _scatter_axis,
+    "Size": lambda x, a, out: mx.array(a[0], out[0].dtype),
     "Slice": _slice,
     "SliceUpdate": _slice_update,
     "Softmax": lambda x, a, out: mx.softmax(x[0], axis=-1, precise=a[0]),

@@ -12,6 +12,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {
     "mlx_compress": "mlx_compress",
     "mlx_compress.bridges": "bridges",
+    "mlx_compress.bridges.coreml": "bridges/coreml",
+    "mlx_compress.bridges.onnx": "bridges/onnx",
+    "mlx_compress.bridges.torch": "bridges/torch",
     "mlx_compress.kernels": "kernels",
     "mlx_compress.benchmarks": "benchmarks",
 }
