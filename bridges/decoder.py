@@ -34,8 +34,8 @@ class ConcatenatingCache:
     Where a model keeps a window, its mask shows the window; nothing is dropped.
     """
 
-    def __init__(self, keys: mx.array, values: mx.array):
-        self.keys, self.values = keys, values
+    def __init__(self):
+        self.keys = self.values = None
 
     @property
     def offset(self) -> int:
@@ -45,9 +45,16 @@ class ConcatenatingCache:
     def state(self) -> tuple[mx.array, mx.array]:
         return self.keys, self.values
 
+    @state.setter
+    def state(self, pair) -> None:
+        self.keys, self.values = pair
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.keys = mx.concatenate([self.keys, keys], axis=2)
         self.values = mx.concatenate([self.values, values], axis=2)
+        return self.state
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
         return self.state
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None):
@@ -81,7 +88,8 @@ def module_program(make, *, dtype: mx.Dtype | None = mx.float32, metadata=None) 
     kept = _cache_shapes(module)
     at = partial(_trace_at, module, kept, dtype)
     graph = solve(at, GRIDS)
-    names = [f"{k}.{part}" for k in range(len(kept)) for part in ("key", "value")]
+    filled = [k for k, shapes in enumerate(kept) if shapes]
+    names = [f"{k}.{part}" for k in filled for part in ("key", "value")]
     logits = graph.values[graph.outputs[0]].shape
     return Program(
         graph,
@@ -95,17 +103,23 @@ def module_program(make, *, dtype: mx.Dtype | None = mx.float32, metadata=None) 
 
 
 def _trace_at(module: nn.Module, kept, dtype, *, batch: int, length: int, past: int) -> Graph:
+    def empty(heads: int, width: int) -> mx.array:
+        return mx.zeros((batch, heads, past, width), numbers)
+
     def fn(parameters, tokens, *state):
         module.update(tree_unflatten(list(parameters.items())))
-        pairs = iter(zip(state[::2], state[1::2], strict=True))
-        cache, leaves = _build(_layout(module), lambda: ConcatenatingCache(*next(pairs)))
+        arrays = iter(state)
+        cache, leaves = _build(_layout(module), ConcatenatingCache)
+        for leaf, shapes in zip(leaves, kept, strict=True):
+            leaf.state = [next(arrays) if shapes else empty(1, 1) for _ in ("keys", "values")]
         out = module(tokens, cache=cache)
         logits = out[0] if isinstance(out, tuple | list) else out
-        return [logits, *(array for leaf in leaves for array in leaf.state)]
+        filled = [leaf for leaf, shapes in zip(leaves, kept, strict=True) if shapes]
+        return [logits, *(array for leaf in filled for array in leaf.state)]
 
     held = dict(tree_flatten(module.parameters()))
     numbers = dtype or next(a.dtype for a in held.values() if mx.issubdtype(a.dtype, mx.floating))
-    state = [mx.zeros((batch, heads, past, d), numbers) for pair in kept for heads, d in pair]
+    state = [empty(*shape) for shapes in kept for shape in shapes]
     tokens = mx.zeros((batch, length), mx.int32)
     try:
         return trace(fn, tokens, *state, parameters=held, dtype=dtype)
@@ -113,16 +127,19 @@ def _trace_at(module: nn.Module, kept, dtype, *, batch: int, length: int, past: 
         module.update(tree_unflatten(list(held.items())))
 
 
-def _cache_shapes(module: nn.Module) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Per cache, (heads, width) of its keys and of its values: from a lazy run, nothing computed."""
+def _cache_shapes(module: nn.Module) -> list[tuple[tuple[int, int], ...]]:
+    """Per cache, (heads, width) of its keys and of its values; nothing for one that stays empty.
+
+    From a lazy run, of which nothing is computed.
+    """
     from mlx_lm.models.cache import KVCache
 
     cache, leaves = _build(_layout(module), KVCache)
     module(mx.zeros((1, 2), mx.int32), cache=cache)
-    for k, leaf in enumerate(leaves):
-        if leaf.keys is None:
-            raise InputError(f"the cache of layer {k} is never filled; it cannot be exported.")
-    return [tuple((a.shape[1], a.shape[3]) for a in (leaf.keys, leaf.values)) for leaf in leaves]
+    return [
+        tuple((a.shape[1], a.shape[3]) for a in (leaf.keys, leaf.values) if a is not None)
+        for leaf in leaves
+    ]
 
 
 def _layout(module: nn.Module) -> list:

@@ -1,14 +1,16 @@
 """Run a graph on MLX: the table from primitive to `mx` operation, and an interpreter over it.
 
 This is the first of the tables that read a graph (the axes, the costs and the exporters are the
-others): a new primitive is one line in each. Shapes are taken from the graph, so an edited graph
-runs as it stands. Everything stays lazy and differentiable. MLX leaves `stop_gradient` out of what
-it traces, so a gradient through a graph passes there.
+others): a new primitive is one line in each, and so is a new composite of `patterns.py`. Shapes are
+taken from the graph, so an edited graph runs as it stands. Everything stays lazy and
+differentiable. MLX leaves `stop_gradient` out of what it traces, so a gradient through a graph
+passes there.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .errors import InputError
 from .graph import Graph, Node, Value
@@ -283,6 +285,36 @@ def _arange(x, a, out):
     return mx.arange(start, stop, step, dtype=out[0].dtype)
 
 
+# ---- composites (patterns.py)
+
+
+def _rope(x, a, out):
+    array, cos, sin = x
+    dims, traditional = a
+    turned, rest = array[..., :dims], array[..., dims:]
+    cos, sin = cos.astype(array.dtype), sin.astype(array.dtype)
+    halves = mx.split(turned, 2, axis=-1)
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if traditional else halves
+    parts = [first * cos - second * sin, first * sin + second * cos]
+    if traditional:
+        turned = mx.flatten(mx.stack(parts, axis=-1), -2)
+    else:
+        turned = mx.concatenate(parts, axis=-1)
+    return mx.concatenate([turned, rest], axis=-1)
+
+
+def _attention(x, a, out):
+    scale, causal = a
+    mask = "causal" if causal else x[3] if len(x) > 3 else None
+    return mx.fast.scaled_dot_product_attention(*x[:3], scale=scale, mask=mask)
+
+
+def _linear(x, a, out):
+    return x[0] @ x[1].T if len(x) == 2 else mx.addmm(x[2], x[0], x[1].T)
+
+
+GELU = {"none": nn.gelu, "tanh": nn.gelu_approx}
+
 ELEMENTWISE = {
     "Abs": mx.abs, "Add": mx.add, "ArcCos": mx.arccos, "ArcCosh": mx.arccosh,
     "ArcSin": mx.arcsin, "ArcSinh": mx.arcsinh, "ArcTan": mx.arctan, "ArcTan2": mx.arctan2,
@@ -341,4 +373,11 @@ OPS = {
     "Sqrt": lambda x, a, out: mx.rsqrt(x[0]) if a[0] else mx.sqrt(x[0]),
     "Transpose": lambda x, a, out: mx.transpose(x[0], a[0]),
     "View": lambda x, a, out: x[0].view(a[0]),
+    "Attention": _attention,
+    "GELU": lambda x, a, out: GELU[a[0]](x[0]),
+    "LayerNorm": lambda x, a, out: mx.fast.layer_norm(*x, *[None] * (3 - len(x)), a[0]),
+    "Linear": _linear,
+    "RMSNorm": lambda x, a, out: mx.fast.rms_norm(*x, *[None] * (2 - len(x)), a[0]),
+    "RoPE": _rope,
+    "SiLU": lambda x, a, out: nn.silu(x[0]),
 }

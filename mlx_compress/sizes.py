@@ -4,7 +4,7 @@ A function is traced at each corner of a small grid of sizes. The graphs are the
 numbers, and each of these is a multilinear form of the sizes: `past+length`, `2*batch*length`.
 A graph that holds such forms (`Size`) in its shapes and attributes is *symbolic*; `instantiate`
 makes it a concrete one again. What is a scalar constant at each corner, but not the same one,
-becomes the output of a node `Size`.
+becomes the output of a node `Size`, and constant positions that of an `Arange`.
 
 Two points along each size fit every function, so one more trace off the grid must agree as well.
 """
@@ -116,7 +116,7 @@ def _words(shape) -> str:
 
 
 def solve(at: Callable[..., Graph], grids: Iterable[Grid]) -> Graph:
-    """The symbolic graph of `at(**sizes)`, from its graphs at the corners of the first grid that fits.
+    """The symbolic graph of `at(**sizes)`, from the corners of the first grid that fits.
 
     Code may take other branches at other sizes (few tokens, many tokens), so several grids can be
     given. Raises `InputError`, saying what stands in the way, if the graphs of none are alike.
@@ -150,11 +150,9 @@ def _solve(at: Callable[..., Graph], grid: Grid) -> Graph:
     )
     moving, constants = [], {}
     for i, array in first.constants.items():
-        form = _constant({c: g.constants[i] for c, g in graphs.items()}, fit)
-        if form is None:
-            constants[i] = array
-        else:
-            moving.append(Node("Size", (), (i,), (form,)))
+        node = _moving({c: g.constants[i] for c, g in graphs.items()}, i, fit)
+        moving += [node] if node else []
+        constants |= {} if node else {i: array}
     solved = replace(first, values=values, nodes=(*moving, *nodes), constants=constants)
     _check_beyond(at, grid, solved, len(moving))
     return solved
@@ -209,15 +207,23 @@ class _Fit:
         return {names: c for names, c in terms.items() if c}
 
 
-def _constant(arrays: Mapping[tuple[int, ...], mx.array], fit: _Fit) -> Size | None:
-    """The form of a scalar constant that depends on the sizes; None for one that does not."""
+def _moving(arrays: Mapping[tuple[int, ...], mx.array], number: int, fit: _Fit) -> Node | None:
+    """The node that makes a constant which depends on the sizes; None for one that does not."""
     first = next(iter(arrays.values()))
     if all(a.shape == first.shape and mx.array_equal(a, first, equal_nan=True).item()
            for a in arrays.values()):  # fmt: skip
         return None
-    if any(a.size != 1 for a in arrays.values()):
-        raise _Unlike(f"a constant array of shape {first.shape} depends on them")
-    return fit({c: a.item() for c, a in arrays.items()})
+    if all(a.size == 1 for a in arrays.values()):
+        return Node("Size", (), (number,), (fit({c: a.item() for c, a in arrays.items()}),))
+    if all(_is_progression(a) for a in arrays.values()):
+        bounds = {c: (a[0].item(), a[0].item() + a.size) for c, a in arrays.items()}
+        return Node("Arange", (), (number,), (*fit(bounds), 1))
+    raise _Unlike(f"a constant array of shape {first.shape} depends on them")
+
+
+def _is_progression(array: mx.array) -> bool:
+    """Whether it counts up by one."""
+    return array.ndim == 1 and mx.all(array[1:] - array[:-1] == 1).item()
 
 
 def _check_beyond(at, grid: Grid, solved: Graph, moving: int) -> None:
@@ -229,11 +235,11 @@ def _check_beyond(at, grid: Grid, solved: Graph, moving: int) -> None:
         _same(node.attributes, other.attributes)
         for node, other in zip(there.nodes[moving:], want.nodes, strict=True)
     ) and all(there.values[i].shape == value.shape for i, value in want.values.items())
-    scalars = all(
-        want.constants[node.outputs[0]].item() == node.attributes[0]
+    made = all(
+        want.constants[node.outputs[0]].reshape(-1)[0].item() == node.attributes[0]
         for node in there.nodes[:moving]
     )
-    if not same or not scalars:
+    if not same or not made:
         raise _Unlike("numbers in it are no sums of products of the sizes")
 
 
