@@ -16,6 +16,7 @@ with the candidate's own shapes and scalars, and every attribute and constant mu
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -296,12 +297,12 @@ def _attention(q, k, v, *mask, scale, causal=False):
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
-def _gelu_halved(x):
-    return x * (0.5 * (1 + mx.erf(x / 2**0.5)))
-
-
-def _gelu_torch(x):
-    return 0.5 * x * (1 + mx.erf(x * 2**-0.5))
+def _gelus() -> Iterator[Callable]:
+    """The ways to halve, times the ways to write the argument of erf."""
+    halve = (lambda x, e: x * e / 2, lambda x, e: 0.5 * x * e, lambda x, e: x * (0.5 * e))
+    scale = (lambda x: x / math.sqrt(2), lambda x: x * math.sqrt(0.5))
+    for outer, inner in itertools.product(halve, scale):
+        yield lambda x, outer=outer, inner=inner: outer(x, 1 + mx.erf(inner(x)))
 
 
 def _gelu_tanh(x):
@@ -360,7 +361,7 @@ PATTERNS = (
     *(
         Pattern("GELU", spell, (X,), lambda scalars, shapes, how=how: (how,))
         for spell, how in (
-            (nn.gelu, "none"), (_gelu_halved, "none"), (_gelu_torch, "none"),
+            *((spell, "none") for spell in _gelus()),
             (nn.gelu_approx, "tanh"), (_gelu_tanh, "tanh"),
         )
     ),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from .axes import named_axes
 from .edit import edit_graph
@@ -70,13 +71,13 @@ def program_of(
     fn: Callable,
     example: Mapping[str, mx.array],
     *,
-    parameters: Mapping[str, mx.array],
     outputs: Sequence[str],
+    parameters: Mapping[str, mx.array] | None = None,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
     limits: Mapping[str, int] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Program:
-    """The program of `fn(parameters, *inputs)`; `example` names the inputs in order.
+    """The program of a module, or of `fn(parameters, *inputs)`; `example` names its inputs.
 
     `dynamic` names axes whose size stays open: `{"pixels": {0: "batch"}}`. Raises `InputError` if
     the code does not leave them open.
@@ -98,8 +99,9 @@ def program_of(
 
     grids = [dict(zip(sizes, spans, strict=False)) for spans in SPANS]
     graph = solve(at, grids) if sizes else at()
+    held = dict(tree_flatten(fn.parameters())) if parameters is None else parameters
     return Program(
-        graph, of_arrays(parameters), tuple(example), tuple(outputs), sizes, limits or {},
+        graph, of_arrays(held), tuple(example), tuple(outputs), sizes, limits or {},
         metadata or {},
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Say the same with fewer nodes: before patterns are looked for and before a graph is exported.
 
 Gone are nodes that change nothing, nodes that repeat another one (the rotary angles of each layer),
-broadcasts that the reader does by itself, and what no output needs. Symbolic graphs are welcome.
+broadcasts that the reader does by itself, and what no output needs. Every square is a `Square`.
+Symbolic graphs are welcome.
 """
 
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class _Simplifier:
         if self._changes_nothing(node):
             self.same[node.outputs[0]] = node.inputs[0]
             return
-        node = self._without_broadcasts(node)
+        node = self._as_square(self._without_broadcasts(node))
         dtypes = tuple(self.values[i].dtype for i in node.outputs)
         shapes = tuple(self.values[i].shape for i in node.outputs)
         key = (node.op, node.inputs, _hashable(node.attributes), dtypes, shapes)
@@ -73,6 +74,16 @@ class _Simplifier:
         if node.op in SHAPE_ONLY or node.op in IDENTITIES or node.op == "AsType":
             return before == after
         return False
+
+    def _as_square(self, node: Node) -> Node:
+        if node.op == "Multiply" and node.inputs[0] == node.inputs[1]:
+            return replace(node, op="Square", inputs=node.inputs[:1])
+        if node.op == "Power":
+            exponent = self.graph.constants.get(node.inputs[1])
+            same = self.values[node.inputs[0]] == self.values[node.outputs[0]]
+            if same and exponent is not None and exponent.size == 1 and exponent.item() == 2:
+                return replace(node, op="Square", inputs=node.inputs[:1])
+        return node
 
     def _without_broadcasts(self, node: Node) -> Node:
         if node.op not in BROADCASTING and node.op != "Matmul":
