@@ -1,0 +1,350 @@
+"""Build an ONNX graph: handles, symbolic sizes, views that cost nothing, weights known by recipe.
+
+    with Builder(graph, names, ...) as builder:
+        y = emit("Add", x, constant(1.0))
+
+A rule of `ops.py` works on handles. A handle is a tensor of the ONNX graph, or a *static* value
+(what parameters and constants alone determine: a recipe, computed when the file is written), or a
+*view* of other handles, which becomes a node only if a node reads it so.
+A shape may hold `Size`s; `ints` makes an int64 tensor of it, computed from the inputs' shapes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from math import lcm
+
+import mlx.core as mx
+import numpy as np
+from onnx import NodeProto, TensorProto, helper
+
+from ...graph import Graph
+from ...sizes import Size
+from ...stream import Fetch
+
+FLOAT, HALF, INT32, INT64, BOOL = (
+    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL,
+)  # fmt: skip
+FLOATS = (FLOAT, HALF)
+# ONNX Runtime computes with few integer types: narrow ones are widened.
+INTEGERS = {
+    mx.bool_: BOOL, mx.int8: INT32, mx.int16: INT32, mx.int32: INT32, mx.int64: INT64,
+    mx.uint8: INT32, mx.uint16: INT32, mx.uint32: INT64, mx.uint64: INT64,
+}  # fmt: skip
+_CURRENT: ContextVar["Builder"] = ContextVar("builder")
+
+
+@dataclass(frozen=True)
+class Static:
+    """A value of the graph or a recipe of the builder, then `steps` (key, NumPy function) on it."""
+
+    value: int | str
+    steps: tuple[tuple[str, Callable[[np.ndarray], np.ndarray]], ...] = ()
+
+    @property
+    def key(self) -> tuple:
+        return self.value, *(name for name, _ in self.steps)
+
+
+@dataclass(eq=False)
+class Handle:
+    """A tensor: its shape, of ints and `Size`s, and its ONNX type. `tensor(handle)` names it.
+
+    `view` is ("transpose", parent, permutation), ("reshape", parent, None) or ("concatenate",
+    parents, axis).
+    """
+
+    shape: tuple
+    dtype: int
+    name: str | None = None
+    static: Static | None = None
+    view: tuple | None = None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An initializer that is computed when the file is written."""
+
+    shape: tuple[int, ...]
+    dtype: int
+    static: Static
+
+
+class Builder:
+    """The ONNX graph under construction; `with builder:` makes it the one that rules write to.
+
+    `names` are those of the graph's inputs. `floats` maps MLX's floating dtypes to ONNX types.
+    Sizes in `may_be_zero` are not left to ONNX to infer. `accuracy_level` is MatMulNBits' own.
+    `recipes` are further static values, by the name of their weight.
+    """
+
+    def __init__(
+        self, graph: Graph, names: Sequence[str], floats: Mapping[mx.Dtype, int], fetch: Fetch,
+        *, may_be_zero=frozenset(), accuracy_level: int = 0,
+    ):  # fmt: skip
+        self.graph, self.floats, self.fetch = graph, dict(floats), fetch
+        self.may_be_zero, self.accuracy_level = frozenset(may_be_zero), accuracy_level
+        self.nodes: list[NodeProto] = []
+        self.weights: dict[str, Weight] = {}
+        self.recipes: dict[str, Callable[[Fetch], mx.array]] = {}
+        self.arrays: dict[str, np.ndarray] = {}
+        self.notes: list[str] = []
+        self.memo: dict[tuple, Handle] = {}
+        self.paths = {number: path for path, number in reversed(graph.parameters.items())}
+        self.tables = {n.inputs[0] for n in graph.nodes if n.op == "Gather"} & self.paths.keys()
+        self.inputs = {
+            i: Handle(graph.values[i].shape, self.type_of(graph.values[i].dtype), name)
+            for i, name in zip(graph.inputs, names, strict=True)
+        }
+
+    def __enter__(self) -> "Builder":
+        self._token = _CURRENT.set(self)
+        return self
+
+    def __exit__(self, *_) -> None:
+        _CURRENT.reset(self._token)
+
+    def type_of(self, dtype: mx.Dtype) -> int:
+        return INTEGERS[dtype] if dtype in INTEGERS else self.floats[dtype]
+
+    def static(self, value: int) -> Handle:
+        held = self.graph.values[value]
+        return Handle(held.shape, self.type_of(held.dtype), static=Static(value))
+
+    def remember(self, key: tuple, make: Callable[[], Handle]) -> Handle:
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    def name_of(self, handle: Handle) -> str:
+        """The name of a tensor of the ONNX graph that holds this; adds the nodes it takes."""
+        if handle.name is None:
+            if handle.static:
+                handle.name = self._initializer(handle)
+            else:
+                handle.name = self._written_out(handle).name
+        return handle.name
+
+    def _initializer(self, handle: Handle) -> str:
+        static = handle.static
+        base = self.paths.get(static.value) or f"value.{static.value}"
+        name = ".".join([base, *(key for key, _ in static.steps)])
+        wanted = Weight(handle.shape, handle.dtype, static)
+        if self.weights.get(name, wanted).dtype != handle.dtype:
+            name += f".{TensorProto.DataType.Name(handle.dtype).lower()}"
+        self.weights.setdefault(name, wanted)
+        return name
+
+    def rename(self, old: str, new: str) -> None:
+        """Call a tensor otherwise, wherever it is made or read."""
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                for k, name in enumerate(names):
+                    if name == old:
+                        names[k] = new
+
+    def _written_out(self, handle: Handle) -> Handle:
+        kind, parent, detail = handle.view
+        if kind == "concatenate":
+            return emit("Concat", *parent, shape=handle.shape, axis=detail)
+        key = (kind, self.name_of(parent), detail or handle.shape)
+
+        def make() -> Handle:
+            if kind == "transpose":
+                return emit("Transpose", parent, shape=handle.shape, perm=detail)
+            how, keeps = _reshape_target(parent.shape, handle.shape, self.may_be_zero)
+            return emit("Reshape", parent, how, shape=handle.shape, allowzero=int(not keeps))
+
+        return self.remember(key, make)
+
+
+def current() -> Builder:
+    return _CURRENT.get()
+
+
+def tensor(handle: Handle) -> str:
+    return current().name_of(handle)
+
+
+def emit(
+    op: str, *inputs: Handle | None, shape=None, dtype=None, outputs=1, domain="", **attributes
+):  # fmt: skip
+    """Add a node; returns its output, or a list of them, of the first input's type unless given.
+
+    `shape` and `dtype` are of the outputs (lists for more than one). An input of None is left out.
+    """
+    builder = current()
+    first = next((h.dtype for h in inputs if h is not None), None)
+    shapes = shape if outputs > 1 and shape is not None else [shape] * outputs
+    dtypes = dtype if isinstance(dtype, list) else [first if dtype is None else dtype] * outputs
+    names = ["" if h is None else builder.name_of(h) for h in inputs]
+    results = [
+        Handle(s, d, f"{op}_{len(builder.nodes)}" + (f".{k}" if k else ""))
+        for k, (s, d) in enumerate(zip(shapes, dtypes, strict=True))
+    ]
+    attributes = {k: v for k, v in attributes.items() if v is not None}
+    node = helper.make_node(
+        op, names, [r.name for r in results], name=f"{op}_{len(builder.nodes)}", domain=domain,
+        **attributes,
+    )  # fmt: skip
+    builder.nodes.append(node)
+    return results if outputs > 1 else results[0]
+
+
+def constant(array, dtype: int | None = None) -> Handle:
+    """A small array that a rule needs; equal ones are one initializer."""
+    array = np.asarray(array)
+    if dtype is not None:
+        array = array.astype(helper.tensor_dtype_to_np_dtype(dtype))
+    builder = current()
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    name = f"c.{array.dtype}.{'x'.join(map(str, array.shape))}.{len(builder.arrays)}"
+
+    def make() -> Handle:
+        builder.arrays[name] = array
+        return Handle(array.shape, kind, name)
+
+    return builder.remember(("constant", array.dtype.str, array.shape, array.tobytes()), make)
+
+
+# ---- symbolic sizes
+
+
+def ints(entries: Sequence) -> Handle:
+    """An int64 vector of numbers and sizes."""
+    entries = tuple(entries)
+    if not any(isinstance(n, Size) for n in entries):
+        return constant(np.array(entries, np.int64))
+    if len(entries) == 1:
+        return _size(entries[0])
+
+    def make() -> Handle:
+        parts, run = [], []
+        for n in entries:
+            if isinstance(n, Size):
+                parts += [constant(np.array(run, np.int64))] if run else []
+                parts, run = [*parts, _size(n)], []
+            else:
+                run.append(int(n))
+        parts += [constant(np.array(run, np.int64))] if run else []
+        return emit("Concat", *parts, shape=(len(entries),), axis=0)
+
+    return current().remember(("ints", entries), make)
+
+
+def number(entry, dtype: int = INT64) -> Handle:
+    """A scalar of a number or a size."""
+    if not isinstance(entry, Size):
+        return constant(np.array(entry), dtype)
+    whole = current().remember(
+        ("scalar", entry), lambda: emit("Squeeze", _size(entry), constant(np.array([0])), shape=())
+    )
+    return cast(whole, dtype)
+
+
+def _size(form: Size) -> Handle:
+    """An int64 vector of one entry: a sum of products of the inputs' sizes."""
+
+    def make() -> Handle:
+        common = lcm(*(c.denominator for c in form.terms.values()))
+        total = None
+        for names, coefficient in form.terms.items():
+            factors = [_named(name) for name in names]
+            if not names or coefficient * common != 1:
+                factors.append(constant(np.array([int(coefficient * common)], np.int64)))
+            term = _fold("Mul", factors)
+            total = term if total is None else emit("Add", total, term, shape=(1,))
+        if common == 1:
+            return total
+        return emit("Div", total, constant(np.array([common], np.int64)), shape=(1,))
+
+    return current().remember(("size", form), make)
+
+
+def _fold(op: str, parts: list[Handle]) -> Handle:
+    total = parts[0]
+    for part in parts[1:]:
+        total = emit(op, total, part, shape=(1,))
+    return total
+
+
+def _named(name: str) -> Handle:
+    def make() -> Handle:
+        for handle in current().inputs.values():
+            for axis, form in enumerate(handle.shape):
+                if isinstance(form, Size) and form.terms == {(name,): 1}:
+                    return emit("Shape", handle, shape=(1,), dtype=INT64, start=axis, end=axis + 1)
+        raise AssertionError(f"no input has an axis {name}")
+
+    return current().remember(("named", name), make)
+
+
+def _reshape_target(before: tuple, after: tuple, may_be_zero) -> tuple[Handle, bool]:
+    """What Reshape is told: 0 to copy, -1 for one that it can infer; and whether 0 means copy."""
+    told: list = [
+        0 if isinstance(n, Size) and k < len(before) and before[k] == n else n
+        for k, n in enumerate(after)
+    ]
+    open_ones = [k for k, n in enumerate(told) if isinstance(n, Size)]
+    others = {
+        name for k, n in enumerate(after) if isinstance(n, Size) and k not in open_ones[:1]
+        for name in n.names
+    }  # fmt: skip
+    if len(open_ones) == 1 and not others & may_be_zero and 0 not in after:
+        told[open_ones[0]] = -1
+    if any(n == 0 and not isinstance(n, Size) for n in after):
+        return ints(after), False
+    return ints(told), True
+
+
+# ---- views
+
+
+def transpose(handle: Handle, permutation: Sequence[int]) -> Handle:
+    permutation = tuple(permutation)
+    if permutation == tuple(range(len(permutation))):
+        return handle
+    shape = tuple(handle.shape[k] for k in permutation)
+    if handle.static:
+        key = "T" if permutation == (1, 0) else "t" + "".join(map(str, permutation))
+        return then(handle, key, lambda array: array.transpose(permutation), shape)
+    if handle.view and handle.view[0] == "transpose":
+        _, parent, inner = handle.view
+        return transpose(parent, [inner[k] for k in permutation])
+    return Handle(shape, handle.dtype, view=("transpose", handle, permutation))
+
+
+def reshape(handle: Handle, shape: Sequence) -> Handle:
+    shape = tuple(shape)
+    if shape == handle.shape:
+        return handle
+    if handle.static:
+        return then(handle, "x".join(map(str, shape)), lambda array: array.reshape(shape), shape)
+    if handle.view and handle.view[0] == "reshape":
+        return reshape(handle.view[1], shape)
+    return Handle(shape, handle.dtype, view=("reshape", handle, None))
+
+
+def then(handle: Handle, key: str, step, shape: tuple, dtype: int | None = None) -> Handle:
+    """A static handle after one more step on its array."""
+    static = Static(handle.static.value, (*handle.static.steps, (key, step)))
+    return Handle(shape, handle.dtype if dtype is None else dtype, static=static)
+
+
+def cast(handle: Handle, dtype: int) -> Handle:
+    if handle.dtype == dtype:
+        return handle
+    if handle.static and handle.dtype in FLOATS and dtype in FLOATS:
+        return replace(handle, dtype=dtype, name=None)
+    key = ("cast", tensor(handle), dtype)
+    return current().remember(
+        key, lambda: emit("Cast", handle, shape=handle.shape, dtype=dtype, to=dtype)
+    )
+
+
+def dynamic_float(handles: Sequence[Handle], otherwise: int) -> int:
+    """The floating type to compute in: half where a computed half takes part."""
+    kinds = {h.dtype for h in handles if h.dtype in FLOATS and not h.static}
+    if not kinds:
+        return otherwise
+    return HALF if HALF in kinds else FLOAT
