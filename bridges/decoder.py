@@ -17,7 +17,6 @@ from ..errors import InputError
 from ..graph import Graph, trace
 from ..program import Program
 from ..sizes import solve
-from .mlx_lm import LanguageModel
 
 # Few tokens and many: some code takes another way from 64 routed tokens on.
 GRIDS = (
@@ -70,20 +69,13 @@ class ConcatenatingCache:
         return self.offset == 0
 
 
-def decoder_program(model: LanguageModel, *, dtype: mx.Dtype | None = mx.float32) -> Program:
-    """The program of a checkpoint folder: tokens and past in, logits and present out.
-
-    Quantised weights stay quantised; `dtype` is that of the other weights, None for their own.
-    Raises `InputError` for an architecture whose cache is not keys and values, or whose code does
-    not leave the sizes open.
-    """
-    return module_program(
-        lambda: model.module(dequantised=False), dtype=dtype, metadata={"model": model.path.name}
-    )
-
-
 def module_program(make, *, dtype: mx.Dtype | None = mx.float32, metadata=None) -> Program:
-    """The program of the module that `make()` builds, with weights not yet read."""
+    """The program of the module that `make()` builds: tokens and past in, logits and present out.
+
+    Weights are not yet read. Quantised ones stay quantised; `dtype` is that of the others, None for
+    their own. Raises `InputError` for an architecture whose cache is not keys and values, or whose
+    code does not leave the sizes open.
+    """
     module = make()
     kept = _cache_shapes(module)
     at = partial(_trace_at, module, kept, dtype)
@@ -175,12 +167,13 @@ def _fetcher(make, dtype: mx.Dtype | None):
         paths = list(paths)
         if not held.keys() >= set(paths):
             held.update(tree_flatten(make().parameters()))
-        return {path: _cast(held.pop(path), dtype) for path in paths}
+        return {path: cast(held.pop(path), dtype) for path in paths}
 
     return fetch
 
 
-def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+def cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    """A floating-point array in `dtype`; others as they are, and all of them for None."""
     floating = mx.issubdtype(array.dtype, mx.floating)
     return array.astype(dtype) if dtype is not None and floating else array
 

@@ -88,10 +88,15 @@ class LanguageModel:
 
     def tokenizer(self):
         """mlx-lm's tokenizer of this folder. Raises `InputError` when it has none."""
-        from mlx_lm.utils import load_tokenizer
+        return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
-        with _one_line(self.path, "check its tokenizer files"):
-            return load_tokenizer(self.path, {"trust_remote_code": self.trust_remote_code})
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False):
+    """mlx-lm's tokenizer of a folder. Raises `InputError` when it has none."""
+    from mlx_lm import utils
+
+    with _one_line(path, "check its tokenizer files"):
+        return utils.load_tokenizer(path, {"trust_remote_code": trust_remote_code})
 
 
 def open_model(name: str | Path, *, trust_remote_code: bool = False) -> LanguageModel:
@@ -172,7 +177,7 @@ def _classes(path: Path, config: dict, trust_remote_code: bool):
 def _check_code(path: Path, config: dict, trust_remote_code: bool) -> None:
     for key in ("model_file", "auto_map"):
         if config.get(key) and not trust_remote_code:
-            if key == "auto_map" and _is_known(config):
+            if key == "auto_map" and is_known(config):
                 continue
             raise InputError(
                 f"{path}: its config asks to run code from the folder ({key}: {config[key]!r}); "
@@ -180,7 +185,7 @@ def _check_code(path: Path, config: dict, trust_remote_code: bool) -> None:
             )
 
 
-def _is_known(config: dict) -> bool:
+def is_known(config: dict) -> bool:
     """Whether mlx-lm has the architecture itself, so that the folder's own code is not needed."""
     from mlx_lm.utils import _get_classes
 

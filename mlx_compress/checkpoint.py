@@ -45,14 +45,16 @@ class NotLoadable(CompressError):
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path, *, needs_bytes: int = 0) -> Iterator[Path]:
+def new_folder(
+    path: str | Path, *, needs_bytes: int = 0, flag: str = "--mlx-path"
+) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes when not.
 
     Folders above it that are missing are made, and vanish likewise. Raises `InputError` if `path`
-    exists, `ResourceError` if the disk is full or would be.
+    exists, naming the option `flag`, and `ResourceError` if the disk is full or would be.
     """
     path = Path(path)
-    check_free(path, needs_bytes)
+    check_free(path, needs_bytes, flag=flag)
     above = [folder for folder in path.parents if not folder.exists()]
     work = None
     try:
@@ -60,7 +62,7 @@ def new_folder(path: str | Path, *, needs_bytes: int = 0) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         yield work
         work.chmod(0o755)
-        check_free(path)
+        check_free(path, flag=flag)
         work.rename(path)
     except BaseException as error:
         if work:
@@ -71,23 +73,23 @@ def new_folder(path: str | Path, *, needs_bytes: int = 0) -> Iterator[Path]:
         if _is_disk_full(error):
             raise ResourceError(f"{path}: the disk is full; nothing was written.") from error
         if work is None and isinstance(error, OSError):
-            raise InputError(f"--mlx-path {path}: cannot be made ({error.strerror}).") from error
+            raise InputError(f"{flag} {path}: cannot be made ({error.strerror}).") from error
         raise
 
 
-def check_free(path: str | Path, needs_bytes: int = 0) -> None:
+def check_free(path: str | Path, needs_bytes: int = 0, *, flag: str = "--mlx-path") -> None:
     """Fail before the long part: the place is taken, cannot be made, or is too small."""
     path = Path(path)
     if os.path.lexists(path):
-        raise InputError(f"--mlx-path {path}: exists already; name a new folder or remove it.")
+        raise InputError(f"{flag} {path}: exists already; name a new folder or remove it.")
     above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         reason = "cannot be written to" if above.is_dir() else "is not a folder"
-        raise InputError(f"--mlx-path {path}: cannot be made, {above} {reason}; name another.")
+        raise InputError(f"{flag} {path}: cannot be made, {above} {reason}; name another.")
     free = shutil.disk_usage(above).free
     if needs_bytes > free:
         raise ResourceError(
-            f"--mlx-path {path}: needs {needs_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
+            f"{flag} {path}: needs {needs_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
             "name a folder on a larger disk."
         )
 

@@ -10,7 +10,30 @@ from typing import Annotated
 import typer
 
 from .errors import InputError, exit_on_error
-from .options import IMPORTANCES, KINDS, LAYER_KINDS, Options
+from .flags import (
+    Batch,
+    Carrier,
+    Config,
+    Data,
+    Dims,
+    EvalSamples,
+    Global,
+    Ignored,
+    Importance,
+    Json,
+    Length,
+    MaybeModel,
+    Model,
+    Out,
+    Plan,
+    Ratio,
+    RoundTo,
+    Samples,
+    Seed,
+    Target,
+    Trust,
+)
+from .options import Options
 
 DEFAULT = Options()
 DEFAULT_DIMS = ",".join(DEFAULT.dims)
@@ -19,107 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-
-
-def _config(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Options from a YAML file; the command line overrides them."""
-    if path is None:
-        return None
-    from .settings import read_settings
-
-    options = [p for p in ctx.command.params if p.name not in ("config", "help")]
-    known = {opt.lstrip("-"): p for p in options for opt in p.opts}
-    ctx.default_map = {**(ctx.default_map or {}), **read_settings(path, known)}
-    return path
-
-
-Model = Annotated[
-    str, typer.Option("--model", metavar="DIR", help="Model folder, or a repository of the hub.")
-]
-MaybeModel = Annotated[
-    str | None,
-    typer.Option("--model", metavar="DIR", help="Model folder, or a repository of the hub."),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option("--mlx-path", metavar="DIR", help="Folder to write; must not exist yet."),
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        "--data", metavar="DIR",
-        help="Folder with train/valid/test .jsonl or .txt, or one such file.",
-    ),
-]  # fmt: skip
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        "-c", "--config", metavar="YAML", is_eager=True, callback=_config,
-        help="Options from a file; the command line overrides them.",
-    ),
-]  # fmt: skip
-Ratio = Annotated[
-    float | None,
-    typer.Option("--pruning-ratio", metavar="R", help="Fraction of units to remove, 0-1."),
-]
-Target = Annotated[
-    str | None,
-    typer.Option(
-        "--target", metavar="params=F",
-        help="Keep this fraction of the block parameters (all but embeddings and head).",
-    ),
-]  # fmt: skip
-Importance = Annotated[
-    str, typer.Option("--importance", metavar="NAME", help=f"One of {', '.join(IMPORTANCES)}.")
-]
-Dims = Annotated[
-    str,
-    typer.Option(
-        "--dims", metavar="LIST", help=f"What to prune, of {', '.join(KINDS + LAYER_KINDS)}."
-    ),
-]
-Ignored = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--ignored-layers", metavar="GLOB",
-        help="Leave dimensions or parameters of this name alone; may be repeated.",
-    ),
-]  # fmt: skip
-RoundTo = Annotated[
-    int, typer.Option("--round-to", metavar="N", help="Keep multiples of N units.")
-]
-Global = Annotated[
-    bool,
-    typer.Option(
-        "--global-pruning", help="Rank units across layers: a width of its own for each layer."
-    ),
-]
-Samples = Annotated[
-    int, typer.Option("--calibration-samples", metavar="N", help="Windows of text to calibrate on.")
-]
-EvalSamples = Annotated[
-    int, typer.Option("--eval-samples", metavar="N", help="Windows of text to evaluate on.")
-]
-Length = Annotated[int, typer.Option("--max-seq-length", metavar="N", help="Tokens in a window.")]
-Batch = Annotated[int, typer.Option("--batch-size", metavar="N", help="Windows at a time.")]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all random choices.")]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Allow code from the model folder to run.")
-]
-Plan = Annotated[
-    Path | None,
-    typer.Option(
-        "--plan", metavar="FILE",
-        help="Apply a saved plan (or a folder's compression.json) instead of making one.",
-    ),
-]  # fmt: skip
-Carrier = Annotated[
-    str | None,
-    typer.Option(
-        "--carrier", metavar="NAME", help="Write as another architecture that can hold the plan."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.callback(invoke_without_command=True)

@@ -97,6 +97,16 @@ def trace(
     return _read(records, count, places)
 
 
+def save_function(path: str, fn: Callable, examples: Sequence[Sequence[mx.array]]) -> None:
+    """Write `fn(*inputs)` as MLX's own exported function, with a trace for each of the examples.
+
+    The arrays that `fn` closes over are written with it. `mx.import_function` opens the file.
+    """
+    with mx.exporter(path, fn) as exporter:
+        for arrays in examples:
+            exporter(*arrays)
+
+
 SHAPE_ONLY = frozenset(
     ("Broadcast", "ExpandDims", "Flatten", "Reshape", "Squeeze", "Transpose", "Unflatten")
 )

@@ -3,12 +3,16 @@
 Light on purpose: the command line reads this for its help and imports nothing else.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from .errors import InputError
 
 KINDS = ("channels", "heads", "query_heads", "head_dim", "experts", "width")
 LAYER_KINDS = ("layers", "attention", "mlp")
+EXPORTS = ("onnx", "coreml", "torch", "mlxfn")
+QUANTIZE = ("int4", "int8", "dynamic", "static")
+DTYPES = ("float32", "float16")
 IMPORTANCES = ("random", "magnitude", "activation", "wanda", "taylor")
 
 
@@ -60,6 +64,30 @@ class Options:
                 "how much to remove? Give --pruning-ratio 0.25 (of the units of each dimension) "
                 "or --target params=0.75 (of the block parameters to keep)."
             )
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    `dtype` is that of weights and arithmetic. `quantize`: int4 and int8 are MLX's affine groups of
+    weights; dynamic and static are ONNX Runtime's int8 arithmetic. `sizes` fix what a target
+    cannot leave open, or bound it. `group_size` is that of int4 and int8.
+    """
+
+    dtype: str = "float32"
+    quantize: str | None = None
+    group_size: int = 64
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    minimum_deployment_target: str = "iOS18"
+    compute_units: str = "ALL"
+    stateful: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        _among("--dtype", (self.dtype,), DTYPES)
+        if self.quantize is not None:
+            _among("--quantize", (self.quantize,), QUANTIZE)
 
 
 def _among(flag: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:

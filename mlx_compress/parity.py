@@ -35,14 +35,18 @@ class Parity:
     mean_error: float
 
 
-def random_cases(program: Program, *, seed: int = 0) -> list[Case]:
-    """Random inputs at several sizes: the examples, one of everything, and more of everything.
+def random_cases(
+    program: Program, sizes: Mapping[str, int] | None = None, *, seed: int = 0
+) -> list[Case]:
+    """Random inputs at `sizes`, or the program's examples; at one of everything; and at more.
 
     A past may be empty; other sizes are at least 1.
     """
-    least = {name: 0 if name == "past" else 1 for name in program.sizes}
-    more = {name: 2 * size + 3 for name, size in program.sizes.items()}
-    several = {tuple(s.items()): s for s in (dict(program.sizes), least, more)}
+    here = {**program.sizes, **(sizes or {})}
+    here = {name: here[name] for name in program.sizes}
+    least = {name: 0 if name == "past" else 1 for name in here}
+    more = {name: 2 * size + 3 for name, size in here.items()}
+    several = {tuple(s.items()): s for s in (here, least, more)}
     return [
         Case(_words(sizes), program.feeds(sizes, seed=seed + k))
         for k, sizes in enumerate(several.values())

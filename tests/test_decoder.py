@@ -3,8 +3,8 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_compress.bridges.decoder import caches, decoder_program, module_program
-from mlx_compress.bridges.mlx_lm import open_model
+from mlx_compress.bridges.decoder import caches, module_program
+from mlx_compress.bridges.programs import open_program
 
 import tiny
 import zoo
@@ -70,7 +70,7 @@ def test_quantised_weights_stay_quantised(tmp_path):
     save_model(tmp_path, module)
     quantisation = {"group_size": 32, "bits": 4}
     save_config({**config, "quantization": quantisation}, tmp_path / "config.json")
-    program = decoder_program(open_model(tmp_path))
+    program = open_program(tmp_path)
     assert sum(n.op == "QuantizedMatmul" for n in program.graph.nodes) == 6
     feeds = program.feeds({"batch": 1, "length": 5, "past": 0})
     got, want = program.run(feeds)[0], module(mx.array(feeds["input_ids"]))
@@ -79,9 +79,8 @@ def test_quantised_weights_stay_quantised(tmp_path):
 
 def test_a_model_in_half_precision_is_exported_in_float32_or_as_it_is(tmp_path):
     tiny.save(tiny.LLAMA, tmp_path, dtype=mx.bfloat16)
-    model = open_model(tmp_path)
     for dtype, want in ((mx.float32, mx.float32), (None, mx.bfloat16)):
-        program = decoder_program(model, dtype=dtype)
+        program = open_program(tmp_path, dtype=dtype)
         assert program.fetch(["model.norm.weight"])["model.norm.weight"].dtype == want
         assert program.graph.values[program.graph.inputs[1]].dtype == want
 
@@ -90,3 +89,15 @@ def test_a_model_in_half_precision_is_exported_in_float32_or_as_it_is(tmp_path):
 def test_a_cache_of_another_kind_is_refused_by_its_name(name):
     with pytest.raises(InputError, match="its cache holds ArraysCache, not keys and values"):
         module_program(lambda: zoo.build(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba"])
+def test_any_architecture_has_a_program_without_a_cache(name, tmp_path):
+    from zoo_checks import write_stock
+
+    module = zoo.build(name)
+    program = open_program(write_stock(tmp_path / name, name, module), cached=False)
+    feeds = program.feeds()
+    want = logits(module(mx.array(feeds["input_ids"])))
+    got = program.run(feeds)[0]
+    np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-4, atol=1e-4)

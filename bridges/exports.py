@@ -1,0 +1,176 @@
+"""Export a program: write, run what was written, compare with MLX, and only then let it stand.
+
+One table of targets; each knows its file, how to write and run it, and the line that loads it.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint import new_folder
+from ..errors import InputError
+from ..options import ExportOptions
+from ..parity import TOLERANCE, Case, Parity, Runner, compare, require
+from ..program import Program
+from ..quantize import quantize_program
+
+RECORD = "export.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """`write(program, path, options, cases)` returns notes; `runner(path, options)` may be None.
+
+    `load` is the line of code that opens the file; `fixed` targets take the asked sizes alone.
+    """
+
+    file: str
+    write: Callable[[Program, Path, ExportOptions, Sequence[Case]], list[str]]
+    runner: Callable[[Path, ExportOptions], Runner | None]
+    load: str
+    needs: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ("int4", "int8")
+    fixed: bool = False
+
+
+@dataclass(frozen=True)
+class Export:
+    """What came of an export; `parity` is empty where it cannot be run on this machine."""
+
+    target: str
+    folder: Path
+    bytes: int
+    seconds: float
+    parity: tuple[Parity, ...]
+    notes: tuple[str, ...]
+    load: str
+
+
+def export(
+    program: Program,
+    target: str,
+    out: Path,
+    options: ExportOptions,
+    cases: Sequence[Case],
+    *,
+    beside: Callable[[Path], None] = lambda folder: None,
+) -> Export:
+    """Write the folder `out`: the model, `export.json`, and what `beside(folder)` adds.
+
+    Raises `InputError` for an unknown target, a package that is missing or what the target cannot
+    express, and `GateFailed` if the export differs from the program; nothing is written then.
+    """
+    kind = target_named(target, options)
+    started = time.perf_counter()
+    notes: list[str] = []
+    if options.quantize in ("int4", "int8"):
+        program, notes = quantize_program(
+            program, bits=int(options.quantize[3:]), group_size=options.group_size
+        )
+    cases = [case for case in cases if not kind.fixed or _fits(program, case, options)]
+    with new_folder(out, flag="-o") as folder:
+        path = folder / kind.file
+        notes += kind.write(program, path, options, cases)
+        found = _parity(program, kind, path, options, cases)
+        seconds = time.perf_counter() - started
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        beside(folder)
+        load = kind.load.format(path=Path(out) / kind.file)
+        done = Export(target, Path(out), size, seconds, tuple(found), tuple(notes), load)
+        _write_record(folder / RECORD, done, program, options)
+    return done
+
+
+def target_named(target: str, options: ExportOptions) -> Target:
+    """The row of the table. Raises `InputError` for what it does not know, or lacks."""
+    if target not in TARGETS:
+        raise InputError(f"--to {target}: unknown; choose from {', '.join(TARGETS)}.")
+    kind = TARGETS[target]
+    for package in kind.needs:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(package)
+            continue
+        raise InputError(
+            f"--to {target}: needs {package}; pip install 'mlx-compress[{target}]'."
+        )
+    if options.quantize and options.quantize not in kind.quantize:
+        raise InputError(
+            f"--quantize {options.quantize}: not for {target}; choose from "
+            f"{', '.join(kind.quantize)}."
+        )
+    return kind
+
+
+def _fits(program: Program, case: Case, options: ExportOptions) -> bool:
+    """Whether a case has the sizes that a target of fixed shapes is written for."""
+    want = program.at(options.sizes)
+    shapes = zip(program.inputs, want.inputs, strict=True)
+    return all(case.feeds[name].shape == want.values[i].shape for name, i in shapes)
+
+
+def _parity(program, kind: Target, path: Path, options: ExportOptions, cases) -> list[Parity]:
+    runner = kind.runner(path, options)
+    if runner is None or options.quantize in ("dynamic", "static"):
+        return compare(program, runner, cases) if runner else []
+    found = compare(program, runner, cases)
+    require(found, TOLERANCE[options.dtype], path.name)
+    return found
+
+
+def _write_record(path: Path, done: Export, program: Program, options: ExportOptions) -> None:
+    document = {
+        "target": done.target,
+        "inputs": program.inputs,
+        "outputs": program.outputs,
+        "sizes": dict(program.sizes),
+        "options": {**vars(options), "sizes": dict(options.sizes)},
+        "parity": [vars(p) for p in done.parity],
+        "notes": done.notes,
+        "metadata": dict(program.metadata),
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")
+
+
+def copy_tokenizer(source: Path) -> Callable[[Path], None]:
+    """Copies the tokenizer's files beside an export, where the source has them."""
+
+    def copy(folder: Path) -> None:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(source / name, folder / name)
+
+    return copy
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "chat_template.jinja", "generation_config.json", "vocab.json", "merges.txt", "vocab.txt",
+)  # fmt: skip
+
+
+# ---- the targets
+
+
+def _write_mlxfn(program, path, options, cases) -> list[str]:
+    from .mlxfn import export_mlxfn
+
+    export_mlxfn(program, path, sizes=[options.sizes])
+    return []
+
+
+def _run_mlxfn(path, options):
+    from .mlxfn import load_mlxfn
+
+    return load_mlxfn(path)
+
+
+TARGETS = {
+    "mlxfn": Target(
+        "model.mlxfn", _write_mlxfn, _run_mlxfn, 'f = mx.import_function("{path}")', fixed=True
+    ),
+}

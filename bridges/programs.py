@@ -1,0 +1,106 @@
+"""Open anything that can be exported as a program: four kinds of model, one way in.
+
+    a folder with graph.json       a saved program (`archive.py`)
+    a folder that mlx-lm knows     a decoder with its cache, or without one
+    another Hugging Face folder    through transformers and torch.export
+    a .pt2 file                    a program that torch.export wrote
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..archive import is_program, load_program
+from ..errors import InputError
+from ..program import Program, program_of
+from ..sizes import solve
+from .decoder import EXAMPLE, GRIDS, cast, module_program
+from .mlx_lm import LanguageModel, is_known, open_model, read_config, trace_logits
+
+FORWARD = ("batch", "length")
+
+
+def open_program(
+    name: str | Path,
+    *,
+    cached: bool = True,
+    dtype: mx.Dtype | None = mx.float32,
+    sizes: Mapping[str, int] | None = None,
+    trust_remote_code: bool = False,
+) -> Program:
+    """The program of a folder, a hub repository or a .pt2 file.
+
+    `cached` gives a language model its cache as inputs and outputs; `dtype` is that of its
+    weights; `sizes` are used where its code leaves none open. Raises `InputError` for what cannot
+    be opened.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".pt2":
+        return torch_program(path)
+    if path.is_dir() and is_program(path):
+        return load_program(path)
+    if path.is_dir() and not is_known(read_config(path)):
+        return torch_program(path, trust_remote_code=trust_remote_code)
+    model = open_model(name, trust_remote_code=trust_remote_code)
+    make = partial(model.module, dequantised=False)
+    if cached:
+        return module_program(make, dtype=dtype, metadata={"model": model.path.name})
+    return forward_program(model, dtype=dtype, sizes=sizes)
+
+
+def forward_program(
+    model: LanguageModel, *, dtype: mx.Dtype | None, sizes: Mapping[str, int] | None = None
+) -> Program:
+    """Tokens in, logits out, for every architecture; its sizes stay open where the code lets them.
+
+    Where it does not (a loop over the tokens), they are those of `sizes`.
+    """
+    module = model.module(dequantised=False)
+
+    def at(batch: int, length: int):
+        return trace_logits(module, mx.zeros((batch, length), mx.int32), dtype=dtype)
+
+    example = {name: (sizes or {}).get(name, EXAMPLE[name]) for name in FORWARD}
+    try:
+        graph = solve(at, [{name: grid[name] for name in FORWARD} for grid in GRIDS])
+    except InputError:
+        graph, example = at(**example), {}
+
+    def fetch(paths):
+        held = dict(tree_flatten(model.module(dequantised=False).parameters()))
+        return {path: cast(held.pop(path), dtype) for path in paths}
+
+    limits = {"input_ids": graph.values[graph.outputs[0]].shape[-1]}
+    metadata = {"model": model.path.name}
+    return Program(graph, fetch, ("input_ids",), ("logits",), example, limits, metadata)
+
+
+def torch_program(path: Path, *, trust_remote_code: bool = False) -> Program:
+    """The program of a .pt2 file, or of a folder that transformers opens. Imports torch."""
+    from .torch import from_hf, from_torch
+
+    if path.suffix == ".pt2":
+        imported = from_torch(path)
+    else:
+        imported = from_hf(path, trust_remote_code=trust_remote_code)
+    return imported_program(imported, metadata={"model": path.name})
+
+
+def imported_program(imported, *, metadata: Mapping[str, str] | None = None) -> Program:
+    """The program of what `from_torch` made (`bridges.torch.Imported`)."""
+    example = dict(zip((spec.name for spec in imported.inputs), imported.example, strict=True))
+    dynamic = {
+        spec.name: {axis: n for axis, n in enumerate(spec.shape) if isinstance(n, str)}
+        for spec in imported.inputs
+    }
+    return program_of(
+        imported,
+        example,
+        outputs=imported.outputs,
+        parameters=imported.parameters,
+        dynamic=dynamic,
+        metadata=metadata,
+    )

@@ -1,0 +1,76 @@
+"""What `export` and `import` do and print."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from .archive import is_program, save_program
+from .bridges.cases import parity_cases
+from .bridges.exports import Export, copy_tokenizer, export, target_named
+from .bridges.mlx_lm import load_tokenizer
+from .bridges.programs import compare_with_torch, open_program
+from .checkpoint import check_free, new_folder
+from .errors import InputError
+from .jobs import err, out, table
+from .options import ExportOptions
+from .parity import TOLERANCE, Parity, require
+
+
+def export_model(
+    model: str, targets: list[str], folder: Path, options: ExportOptions,
+    *, data: Path | None, cached: bool, trust: bool,
+) -> list[Export]:  # fmt: skip
+    """Export to every target: into `folder`, or into a folder of it for each of several."""
+    places = {t: folder if len(targets) == 1 else folder / t for t in targets}
+    for target, place in places.items():
+        target_named(target, options)
+        check_free(place, flag="-o")
+    program = open_program(model, cached=cached, sizes=options.sizes, trust_remote_code=trust)
+    source = Path(model).expanduser()
+    tokenizer = load_tokenizer(source, trust_remote_code=trust) if source.is_dir() else None
+    cases = parity_cases(program, tokenizer, data, sizes=options.sizes, seed=options.seed)
+    done = []
+    for target, place in places.items():
+        with err.status(f"exporting to {target}"):
+            done.append(
+                export(program, target, place, options, cases, beside=copy_tokenizer(source))
+            )
+        tell_export(done[-1])
+    return done
+
+
+def import_model(source: str, mlx_path: Path, *, trust: bool) -> None:
+    """Bring a torch program or a Hugging Face folder in, as a program folder."""
+    check_free(mlx_path)
+    path = Path(source).expanduser()
+    if path.suffix != ".pt2" and not path.is_dir():
+        raise InputError(f"--torch {source}: is neither a .pt2 file nor a folder.")
+    if path.is_dir() and is_program(path):
+        raise InputError(f"--torch {source}: is a saved program already.")
+    program = open_program(path, trust_remote_code=trust)
+    found = compare_with_torch(program, path, trust_remote_code=trust)
+    require(found, TOLERANCE["float32"], str(mlx_path))
+    with new_folder(mlx_path) as folder:
+        save_program(program, folder, {"source": path.name, "parity": [vars(p) for p in found]})
+        copy_tokenizer(path)(folder)
+    out.print(parity_table(found))
+    err.print(f"Saved to {mlx_path}. See what can be pruned: compress inspect --model {mlx_path}")
+
+
+def tell_export(done: Export) -> None:
+    """Size, parity, and the line that loads it."""
+    if done.parity:
+        out.print(parity_table(done.parity))
+    else:
+        err.print(f"note: {done.target} does not run on this machine; parity was not measured.")
+    for note in done.notes:
+        err.print(f"note: {note}", soft_wrap=True)
+    out.print(f"{done.folder}: {done.bytes / 1e6:.1f} MB in {done.seconds:.1f} s", soft_wrap=True)
+    out.print(done.load, soft_wrap=True, highlight=False, markup=False)
+
+
+def parity_table(found: Iterable[Parity]):
+    """Largest and mean error of each case."""
+    rows = table("compared with MLX on", "max error", "mean error")
+    for parity in found:
+        rows.add_row(parity.case, f"{parity.max_error:.1e}", f"{parity.mean_error:.1e}")
+    return rows
