@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..checkpoint import new_folder
 from ..errors import InputError
-from ..options import ExportOptions
+from ..options import DTYPES, QUANTIZE, ExportOptions
 from ..parity import TOLERANCE, Case, Parity, Runner, compare, require
 from ..program import Program
 from ..quantize import quantize_program
@@ -35,6 +35,7 @@ class Target:
     load: str
     needs: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ("int4", "int8")
+    dtypes: tuple[str, ...] = ("float32",)
     fixed: bool = False
 
 
@@ -103,6 +104,8 @@ def target_named(target: str, options: ExportOptions) -> Target:
             f"--quantize {options.quantize}: not for {target}; choose from "
             f"{', '.join(kind.quantize)}."
         )
+    if options.dtype not in kind.dtypes:
+        raise InputError(f"--dtype {options.dtype}: {target} is written in float32.")
     return kind
 
 
@@ -156,6 +159,32 @@ TOKENIZER_FILES = (
 # ---- the targets
 
 
+def _write_onnx(program, path, options, cases) -> list[str]:
+    from .onnx.export import export_onnx
+
+    # Parity is that of the weights: the arithmetic in int8 is the reader's choice, made below.
+    return list(export_onnx(program, path, dtype=options.dtype).notes)
+
+
+def _run_onnx(path, options):
+    from .onnx.runner import load
+
+    return load(path).run
+
+
+def _write_torch(program, path, options, cases) -> list[str]:
+    from .torch import save_torch
+
+    save_torch(program, path, seed=options.seed)
+    return []
+
+
+def _run_torch(path, options):
+    from .torch import load_torch
+
+    return load_torch(path)
+
+
 def _write_mlxfn(program, path, options, cases) -> list[str]:
     from .mlxfn import export_mlxfn
 
@@ -170,7 +199,17 @@ def _run_mlxfn(path, options):
 
 
 TARGETS = {
-    "mlxfn": Target(
-        "model.mlxfn", _write_mlxfn, _run_mlxfn, 'f = mx.import_function("{path}")', fixed=True
+    "onnx": Target(
+        "model.onnx", _write_onnx, _run_onnx,
+        'session = onnxruntime.InferenceSession("{path}")',
+        needs=("onnx", "onnxruntime"), quantize=QUANTIZE, dtypes=DTYPES,
     ),
-}
+    "torch": Target(
+        "model.pt2", _write_torch, _run_torch, 'module = torch.export.load("{path}").module()',
+        needs=("torch",),
+    ),
+    "mlxfn": Target(
+        "model.mlxfn", _write_mlxfn, _run_mlxfn, 'function = mx.import_function("{path}")',
+        fixed=True,
+    ),
+}  # fmt: skip

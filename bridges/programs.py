@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from ..archive import is_program, load_program
 from ..errors import InputError
+from ..parity import Parity, compare, random_cases
 from ..program import Program, program_of
 from ..sizes import solve
 from .decoder import EXAMPLE, GRIDS, cast, module_program
@@ -104,3 +105,13 @@ def imported_program(imported, *, metadata: Mapping[str, str] | None = None) -> 
         dynamic=dynamic,
         metadata=metadata,
     )
+
+
+def compare_with_torch(
+    program: Program, path: Path, *, trust_remote_code: bool = False
+) -> list[Parity]:
+    """How far an imported program is from what torch computes, on random inputs."""
+    from .torch import source_runner
+
+    runner = source_runner(path, program.outputs, trust_remote_code=trust_remote_code)
+    return compare(program, runner, random_cases(program))

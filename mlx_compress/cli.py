@@ -17,6 +17,7 @@ from .flags import (
     Data,
     Dims,
     EvalSamples,
+    Exportable,
     Global,
     Ignored,
     Importance,
@@ -33,9 +34,9 @@ from .flags import (
     Target,
     Trust,
 )
-from .options import Options
+from .options import DTYPES, EXPORTS, ExportOptions, Options, among
 
-DEFAULT = Options()
+DEFAULT, EXPORT = Options(), ExportOptions()
 DEFAULT_DIMS = ",".join(DEFAULT.dims)
 app = typer.Typer(
     rich_markup_mode=None, add_completion=False, no_args_is_help=True,
@@ -184,6 +185,91 @@ def diff(
     jobs.diff(left, right, as_json=as_json)
 
 
+@app.command("export")
+def export_model(
+    model: Exportable,
+    to: Annotated[
+        str, typer.Option("--to", metavar="LIST", help=f"Of {', '.join(EXPORTS)}; commas between.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write; must be new.")
+    ],
+    config: Config = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize", metavar="HOW",
+            help="int4 or int8 weights; dynamic or static int8 arithmetic (onnx).",
+        ),
+    ] = EXPORT.quantize,
+    group_size: Annotated[
+        int, typer.Option("--q-group-size", metavar="N", help="Group size of int4 and int8.")
+    ] = EXPORT.group_size,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="NAME", help=f"One of {', '.join(DTYPES)}.")
+    ] = EXPORT.dtype,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            "--sizes", metavar="LIST",
+            help="Such as batch=1,length=128: where a target cannot leave them open.",
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="A language model without its KV cache.")
+    ] = False,
+    stateful: Annotated[
+        bool, typer.Option("--stateful", help="Keep the KV cache as state inside (coreml).")
+    ] = EXPORT.stateful,
+    minimum_deployment_target: Annotated[
+        str, typer.Option("--minimum-deployment-target", metavar="OS", help="As iOS18 (coreml).")
+    ] = EXPORT.minimum_deployment_target,
+    compute_units: Annotated[
+        str, typer.Option("--compute-units", metavar="NAME", help="As coremltools names them.")
+    ] = EXPORT.compute_units,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="PATH",
+            help="Real inputs to compare on: text, or an .npz with an array for each input.",
+        ),
+    ] = None,
+    seed: Seed = EXPORT.seed,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a model for ONNX Runtime, Core ML, torch or MLX, and prove it equal."""
+    options = ExportOptions(
+        dtype=dtype, quantize=quantize, group_size=group_size, sizes=_sizes(sizes),
+        minimum_deployment_target=minimum_deployment_target, compute_units=compute_units,
+        stateful=stateful, seed=seed,
+    )  # fmt: skip
+    from . import ship
+
+    ship.export_model(
+        model, _names("--to", to, EXPORTS), output, options, data=data, cached=not no_cache,
+        trust=trust_remote_code,
+    )  # fmt: skip
+
+
+@app.command("import")
+def import_model(
+    torch: Annotated[
+        str,
+        typer.Option(
+            "--torch", metavar="PATH", help="A .pt2 file, or a folder that transformers opens."
+        ),
+    ],
+    mlx_path: Annotated[
+        Path, typer.Option("--mlx-path", metavar="DIR", help="Folder to write; must be new.")
+    ],
+    trust_remote_code: Trust = False,
+) -> None:
+    """Bring a PyTorch model in, as a folder that the other commands read."""
+    from . import ship
+
+    ship.import_model(torch, mlx_path, trust=trust_remote_code)
+
+
 @app.command()
 def demo(
     mlx_path: Annotated[
@@ -206,6 +292,19 @@ def _options(params: dict) -> Options:
     if params.get("target") is not None:
         known["params"] = _target(params["target"])
     return Options(**known)
+
+
+def _names(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    among(flag, tuple(names), known)
+    return list(dict.fromkeys(names))
+
+
+def _sizes(text: str | None) -> dict[str, int]:
+    pairs = [part.partition("=") for part in (text or "").split(",") if part.strip()]
+    if not all(name.strip() and value.strip().isdigit() for name, _, value in pairs):
+        raise InputError(f"--sizes {text}: write it as batch=1,length=128.")
+    return {name.strip(): int(value) for name, _, value in pairs}
 
 
 def _target(text: str) -> float:

@@ -27,6 +27,12 @@ MaybeModel = Annotated[
     str | None,
     typer.Option("--model", metavar="DIR", help="Model folder, or a repository of the hub."),
 ]
+Exportable = Annotated[
+    str,
+    typer.Option(
+        "--model", metavar="PATH", help="Model folder, .pt2 file, or a repository of the hub."
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option("--mlx-path", metavar="DIR", help="Folder to write; must not exist yet."),

@@ -54,8 +54,8 @@ class Options:
                 raise InputError(f"{flag} {value:g}: must lie between 0 and 1, both excluded.")
         if self.pruning_ratio is not None and self.params is not None:
             raise InputError("--pruning-ratio and --target: give one of the two, not both.")
-        _among("--importance", (self.importance,), IMPORTANCES)
-        _among("--dims", self.dims, KINDS + LAYER_KINDS)
+        among("--importance", (self.importance,), IMPORTANCES)
+        among("--dims", self.dims, KINDS + LAYER_KINDS)
 
     def require_amount(self) -> None:
         """Raise `InputError` unless it was said how much to remove."""
@@ -85,12 +85,13 @@ class ExportOptions:
     seed: int = 0
 
     def __post_init__(self):
-        _among("--dtype", (self.dtype,), DTYPES)
+        among("--dtype", (self.dtype,), DTYPES)
         if self.quantize is not None:
-            _among("--quantize", (self.quantize,), QUANTIZE)
+            among("--quantize", (self.quantize,), QUANTIZE)
 
 
-def _among(flag: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
+def among(flag: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Raise `InputError` for a value that is not known, or when there are none."""
     for value in values:
         if value not in known:
             raise InputError(f"{flag} {value}: unknown; choose from {', '.join(known)}.")

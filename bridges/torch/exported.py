@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import logging
+import textwrap
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +53,7 @@ def export(
     shapes = [dict.fromkeys(a, torch.export.Dim.DYNAMIC) for a in axes]
     args = () if named else tuple(tensors)
     kwargs = dict(zip(example, tensors, strict=True)) if named else {}
-    with _eval_mode(module), _quiet(), _one_line(type(module).__name__), torch.no_grad():
+    with _eval_mode(module), quiet(), one_line(type(module).__name__), torch.no_grad():
         return torch.export.export(
             module, args, kwargs,
             dynamic_shapes=dict(zip(kwargs, shapes, strict=True)) if named else _nested(
@@ -86,7 +87,7 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     table = torch.export.default_decompositions()
     for op in kept:
         table.pop(op)
-    with _quiet(), _one_line("the exported program"):
+    with quiet(), one_line("the exported program"):
         return program.run_decompositions(table)
 
 
@@ -102,7 +103,7 @@ def load(path: str | Path) -> torch.export.ExportedProgram:
     """
     path = Path(path)
     _check_archive(path)
-    with _quiet(), _one_line(str(path), "it is damaged, or was written by another torch"):
+    with quiet(), one_line(str(path), "it is damaged, or was written by another torch"):
         return torch.export.load(path)
 
 
@@ -174,7 +175,7 @@ def _eval_mode(module: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch warns of its own deprecations and logs what is raised as well."""
     held = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -187,8 +188,10 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_line(name: str, remedy: str = "see torch.export's documentation") -> Iterator[None]:
-    """Turn whatever torch.export raises into one line."""
+def one_line(
+    name: str, remedy: str = "see its documentation", *, who: str = "torch.export"
+) -> Iterator[None]:
+    """Turn whatever torch.export or transformers raise into one line."""
     try:
         yield
     except InputError:
@@ -196,6 +199,5 @@ def _one_line(name: str, remedy: str = "see torch.export's documentation") -> It
     except Exception as error:  # torch has a class of its own for each way to fail
         text = " ".join(str(error).split()) or type(error).__name__
         remedy = next((r for sign, r in REMEDIES.items() if sign in text), remedy)
-        raise InputError(f"{name}: torch.export cannot read it: {text[:160]} ...; {remedy}.") from (
-            error
-        )
+        reason = textwrap.shorten(text, 200, placeholder=" ...").rstrip(".")
+        raise InputError(f"{name}: {who} cannot read it: {reason}; {remedy}.") from error

@@ -18,6 +18,7 @@ import torch
 from ...errors import InputError
 from ...execute import require_supported
 from ...graph import Graph, Node, Value
+from ...patterns import recognise
 from ...program import Program
 from ...sizes import Size, is_symbolic, resolve, sizes_of
 from . import exported
@@ -151,13 +152,12 @@ def save_torch(program: Program, path: str | Path, *, seed: int = 0) -> None:
 
     Raises `InputError` when torch.export cannot follow, or the file cannot be written.
     """
-    path = Path(path)
-    module = to_torch(program.graph, program.fetch(list(program.graph.parameters)))
+    path, graph = Path(path), recognise(program.graph)
+    module = to_torch(graph, program.fetch(list(graph.parameters)))
     example, axes = [], []
-    for number, (_, array) in zip(
-        program.graph.inputs, program.feeds(_at_least_two(program.sizes), seed).items(), strict=True
-    ):
-        value = program.graph.values[number]
+    feeds = program.feeds(_at_least_two(program.sizes), seed)
+    for number, array in zip(graph.inputs, feeds.values(), strict=True):
+        value = graph.values[number]
         example.append(torch.from_numpy(array).to(result_dtype(value.dtype)))
         axes.append({k: str(n) for k, n in enumerate(value.shape) if isinstance(n, Size)})
     _write(exported.export(module, example, axes), path, program)
