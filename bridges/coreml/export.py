@@ -1,0 +1,146 @@
+"""Write a program as a Core ML package.
+
+    export_coreml(program, "model.mlpackage", shapes={"batch": 1, "length": (1, 512), "past": 64})
+
+Shapes. A named size is fixed (an int), a range `(low, high)`, or a list of sizes to choose from:
+the k-th of every list go together. A size that is not given is the program's example. A past of 0
+has no inputs. Names of inputs and outputs are the program's, with underscores for dots.
+
+State. With `stateful`, keys and values stay in the model, `context` of them, in states `key_cache`
+and `value_cache` (several where layers differ). As in Apple's own samples the inputs are
+`input_ids` [batch, length] and `causal_mask` [1, 1, length, past + length], and the mask's shape
+says where the tokens go; its contents are not read, for the model makes its own masks. States are
+float16 whatever the program is.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import InputError
+from ...program import Program
+from ...sizes import size_named
+from .build import Plan, build, features
+from .package import describe, write_package
+from .prepare import prepare
+from .quiet import ct
+from .scope import IOS18
+from .spans import Span, Spans
+from .state import TOTAL, by_total, with_states
+
+FLOATS = {"float16": "fp16", "float32": "fp32"}
+UNITS = ("ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE")
+
+
+@dataclass(frozen=True)
+class Package:
+    """What was written; `notes` says what could not be as it was asked for."""
+
+    path: Path
+    bytes: int
+    notes: tuple[str, ...] = ()
+
+
+def export_coreml(
+    program: Program,
+    path: str | Path,
+    *,
+    dtype: str = "float16",
+    shapes: Mapping[str, Span] | None = None,
+    stateful: bool = False,
+    context: int = 2048,
+    quantize: str | None = None,
+    minimum_deployment_target: str = "iOS18",
+    compute_units: str = "ALL",
+    metadata: Mapping[str, str] | None = None,
+) -> Package:
+    """Write `program` to `path`, a folder `*.mlpackage` that must not exist yet.
+
+    `metadata` may hold author, license, short_description and version; other entries are kept as
+    they are, beside the program's own. Raises `InputError` for what Core ML cannot hold: a
+    primitive with no rule, an array of more than five axes, sizes that do not fit; nothing is
+    left behind then.
+    """
+    path = checked_path(path)
+    target = _choice("minimum_deployment_target", minimum_deployment_target, _targets())
+    floats = _choice("dtype", dtype, FLOATS)
+    _choice("compute_units", compute_units, dict.fromkeys(UNITS, True))
+    if stateful and target.value < IOS18:
+        raise InputError(f"states need iOS18 or macOS15; {minimum_deployment_target} has none.")
+    spans = _spans(program, shapes or {}, context if stateful else None)
+    plan = _plan(program, spans, floats, context if stateful else None)
+    about = {**program.metadata, "compute_units": compute_units, **(metadata or {})}
+    with _temporary(path) as folder:
+        built = build(plan, program.fetch, symbols=spans.symbols, floats=floats, target=target)
+        inputs = spans.tensor_types(plan.inputs.values())
+        write_package(built, folder / path.name, inputs=inputs, target=target)
+        describe(folder / path.name, about, {})
+        (folder / path.name).rename(path)
+    return Package(path, folder_bytes(path))
+
+
+def _spans(program: Program, asked: Mapping[str, Span], context: int | None) -> Spans:
+    unknown = sorted(asked.keys() - program.sizes.keys())
+    if unknown:
+        known = ", ".join(program.sizes) or "none"
+        raise InputError(f"size {unknown[0]!r} is not known; the program's sizes are {known}.")
+    spans = {**program.sizes, **asked}
+    if context is not None:
+        length = spans["length"]
+        low, high = (length, length) if isinstance(length, int) else (min(length), max(length))
+        if high > context:
+            raise InputError(f"length {high} is more than the context of {context} tokens.")
+        del spans["past"]
+        spans[TOTAL] = (low, context)
+    return Spans(spans)
+
+
+def _plan(program: Program, spans: Spans, floats: str, context: int | None) -> Plan:
+    if context is None:
+        graph = prepare(program.graph, spans.fixed)
+        return Plan(graph, features(graph, program.inputs, floats), program.outputs)
+    length = spans.fixed.get("length", size_named("length"))
+    graph = by_total(prepare(program.graph, spans.fixed), length)
+    graph, names, states = with_states(graph, program, length, context)
+    outputs = program.outputs[: len(graph.outputs)]
+    return Plan(graph, features(graph, names, floats), outputs, states)
+
+
+def checked_path(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".mlpackage":
+        raise InputError(f"{path}: a Core ML package is named *.mlpackage.")
+    if path.exists():
+        raise InputError(f"{path}: exists already; remove it or choose another name.")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder; make it first.")
+    return path
+
+
+def folder_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _choice(what: str, chosen: str, known: Mapping):
+    if chosen not in known:
+        raise InputError(f"{what} {chosen!r} is not known; choose of {', '.join(known)}.")
+    return known[chosen]
+
+
+def _targets() -> dict:
+    oldest = ct.target.iOS16.value
+    named = ct.target.__members__.items()
+    return {n: t for n, t in named if n.startswith(("iOS", "macOS")) and t.value >= oldest}
+
+
+@contextmanager
+def _temporary(path: Path):
+    """A folder beside `path`, so that a rename puts what was made in place at once."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}.", dir=path.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
