@@ -19,6 +19,7 @@ from .builder import (
     reshape,
     transpose,
 )  # fmt: skip
+from .forms import plus, times
 
 FORWARD = (0, 2, 1, 3)  # [batch, length, heads, width] -> [batch, heads, length, width]
 
@@ -37,6 +38,8 @@ def attention(x, a, out):
     if mask is not None and mask.dtype != BOOL:
         mask = cast(mask, q.dtype)
     past_k, new_k, past_v, new_v = _cache(k, v)
+    if causal and past_k is None and q.shape[2] != k.shape[2]:
+        mask, causal = _causal(q.shape[2], k.shape[2]), False
     flat = all(_is_forward(h) for h in (q, new_k, new_v))
     heads = {"q_num_heads": q.shape[1], "kv_num_heads": k.shape[1]} if flat else {}
     inputs = [_rows(h) if flat else h for h in (q, new_k, new_v)]
@@ -63,6 +66,19 @@ def _cache(k: Handle, v: Handle):
     if k is v or not all(grows) or k.view[1][0].shape[2] != v.view[1][0].shape[2]:
         return None, k, None, v
     return *k.view[1], *v.view[1]
+
+
+def _causal(queries, keys) -> Handle:
+    """Boolean [queries, keys] for the last queries; ONNX's own counts from the first."""
+
+    def make() -> Handle:
+        rows = emit("Range", number(plus(keys, times(-1, queries))), number(keys), number(1))
+        rows.shape = (queries,)
+        columns = emit("Range", number(0), number(keys), number(1), shape=(keys,))
+        return emit("GreaterOrEqual", reshape(rows, (queries, 1)), columns, dtype=BOOL,
+                    shape=(queries, keys))  # fmt: skip
+
+    return current().remember(("causal", queries, keys), make)
 
 
 def _is_forward(handle: Handle) -> bool:

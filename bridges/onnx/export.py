@@ -8,7 +8,7 @@ as `past_key_values.*` and `present.*`; attention reads and extends it in one op
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def export_onnx(
     options = OnnxOptions(**{**(asdict(options) if options else {}), **changes})
     path = Path(path)
     graph = recognise(program.graph)
-    require_supported(graph, OPS)
+    require_supported(replace(graph, nodes=_computed(graph)), OPS)
     builder = Builder(
         graph, program.inputs, _floats(graph, options.dtype), program.fetch,
         may_be_zero={name for name, n in program.sizes.items() if n == 0},
@@ -106,6 +106,16 @@ def _narrowed(builder: Builder, handle: Handle) -> Handle:
         return handle
     handle.dtype = FLOAT
     return cast(handle, HALF)
+
+
+def _computed(graph: Graph) -> tuple[Node, ...]:
+    """The nodes that are not known when the file is written."""
+    dynamic, nodes = set(graph.inputs), []
+    for node in graph.nodes:
+        if dynamic.intersection(node.inputs) or _open(node.attributes):
+            dynamic.update(node.outputs)
+            nodes.append(node)
+    return tuple(nodes)
 
 
 def _foldable(node: Node, x: list[Handle], out) -> bool:
