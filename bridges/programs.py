@@ -6,6 +6,7 @@
     a .pt2 file                    a program that torch.export wrote
 """
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -93,8 +94,9 @@ def torch_program(path: Path, *, trust_remote_code: bool = False) -> Program:
 def imported_program(imported, *, metadata: Mapping[str, str] | None = None) -> Program:
     """The program of what `from_torch` made (`bridges.torch.Imported`)."""
     example = dict(zip((spec.name for spec in imported.inputs), imported.example, strict=True))
+    names = _readable(imported.inputs)
     dynamic = {
-        spec.name: {axis: n for axis, n in enumerate(spec.shape) if isinstance(n, str)}
+        spec.name: {axis: names[n] for axis, n in enumerate(spec.shape) if n in names}
         for spec in imported.inputs
     }
     return program_of(
@@ -105,6 +107,17 @@ def imported_program(imported, *, metadata: Mapping[str, str] | None = None) -> 
         dynamic=dynamic,
         metadata=metadata,
     )
+
+
+def _readable(inputs) -> dict[str, str]:
+    """Names for open sizes: a .pt2 forgets those that were given, and has symbols such as s31."""
+    names: dict[str, str] = {}
+    for axis, size in ((k, n) for spec in inputs for k, n in enumerate(spec.shape)):
+        if isinstance(size, str) and size not in names:
+            usual = FORWARD[axis] if axis < len(FORWARD) else size
+            symbol = re.fullmatch(r"s\d+", size) and usual not in names.values()
+            names[size] = usual if symbol else size
+    return names
 
 
 def compare_with_torch(

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import recipe
+from . import recipe, shrink
 from .allocate import family
-from .axes import NamedAxes
+from .archive import is_program, load_program
+from .axes import NamedAxes, named_axes
 from .bridges.measure import evaluate_folders
 from .checkpoint import check_free
 from .options import Options
@@ -65,24 +66,37 @@ def prune(
     """Make or read a plan, show it, and save the pruned model unless it is a dry run."""
     if mlx_path is not None:
         check_free(mlx_path)
+    saved = recipe.read_plan(plan) if plan else None
+    if is_program(Path(model)):
+        source = load_program(model)
+        planned = shrink.plan_program(source, options, saved)
+        _show_plan(planned, save_plan, as_json)
+        if mlx_path is not None:
+            shrink.save_pruned_program(source, planned, mlx_path)
+            err.print(f"Saved to {mlx_path}; it equals the model with the removed units zeroed.")
+        return
     source = recipe.open_model(model, trust_remote_code=trust)
     with progress_bars() as progress:
-        if plan:
-            planned = recipe.apply_plan(source, recipe.read_plan(plan), carrier=carrier)
+        if saved:
+            planned = recipe.apply_plan(source, saved, carrier=carrier)
         else:
             planned = recipe.make_plan(source, options, data, carrier=carrier, progress=progress)
-        if as_json:
-            print(json.dumps(planned.plan.to_json(), indent=1))
-        else:
-            out.print(plan_table(planned.plan))
-        tell_plan(planned)
-        if save_plan:
-            planned.plan.save(save_plan)
-            err.print(f"Plan written to {save_plan}.")
+        _show_plan(planned, save_plan, as_json)
         if mlx_path is not None:
             recipe.save_pruned(source, planned, mlx_path, progress=progress)
     if mlx_path is not None:
         tell_saved(mlx_path)
+
+
+def _show_plan(planned, save_plan: Path | None, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(planned.plan.to_json(), indent=1))
+    else:
+        out.print(plan_table(planned.plan))
+    tell_plan(planned)
+    if save_plan:
+        planned.plan.save(save_plan)
+        err.print(f"Plan written to {save_plan}.")
 
 
 def evaluate(
@@ -108,7 +122,10 @@ def evaluate(
 
 def inspect(model: str, *, parameters: bool, trust: bool, as_json: bool) -> None:
     """The dimensions of a model."""
-    named = inspect_axes(recipe.open_model(model, trust_remote_code=trust))
+    if is_program(Path(model)):
+        named = named_axes(load_program(model).at())
+    else:
+        named = inspect_axes(recipe.open_model(model, trust_remote_code=trust))
     if as_json:
         print(json.dumps(axes_document(named), indent=1))
         return

@@ -7,12 +7,15 @@ from .archive import is_program, save_program
 from .bridges.cases import parity_cases
 from .bridges.exports import Export, copy_tokenizer, export, target_named
 from .bridges.mlx_lm import load_tokenizer
-from .bridges.programs import compare_with_torch, open_program
+from .bridges.programs import FORWARD, compare_with_torch, open_program
 from .checkpoint import check_free, new_folder
 from .errors import InputError
 from .jobs import err, out, table
 from .options import ExportOptions
 from .parity import TOLERANCE, Parity, require
+from .program import Program
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def export_model(
@@ -25,8 +28,10 @@ def export_model(
         target_named(target, options)
         check_free(place, flag="-o")
     program = open_program(model, cached=cached, sizes=options.sizes, trust_remote_code=trust)
+    _check_sizes(program, options)
     source = Path(model).expanduser()
-    tokenizer = load_tokenizer(source, trust_remote_code=trust) if source.is_dir() else None
+    has_tokenizer = any((source / name).is_file() for name in TOKENIZERS)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust) if has_tokenizer else None
     cases = parity_cases(program, tokenizer, data, sizes=options.sizes, seed=options.seed)
     done = []
     for target, place in places.items():
@@ -36,6 +41,16 @@ def export_model(
             )
         tell_export(done[-1])
     return done
+
+
+def _check_sizes(program: Program, options: ExportOptions) -> None:
+    known = program.sizes or dict.fromkeys(FORWARD)
+    unknown = [name for name in options.sizes if name not in known]
+    if unknown:
+        raise InputError(
+            f"--sizes {unknown[0]}: the model has no size of this name; choose from "
+            f"{', '.join(known)}."
+        )
 
 
 def import_model(source: str, mlx_path: Path, *, trust: bool) -> None:

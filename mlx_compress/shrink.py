@@ -4,7 +4,7 @@ Widths are free in a program, so nothing is snapped to what a config can say. Cr
 weights alone are offered.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,41 +19,62 @@ from .options import Options
 from .parity import TOLERANCE, error_of
 from .plan import PrunePlan
 from .program import Program, prune_program, with_weights
-from .prune import zero_parameters
+from .prune import check_plan, zero_parameters
 
 
-def plan_for(program: Program, options: Options) -> tuple[PrunePlan, list[str]]:
-    """What to keep, and notes. Raises `InputError` for a criterion that reads data."""
+@dataclass
+class ProgramPlan:
+    """A plan for a program, and what is worth telling about it."""
+
+    plan: PrunePlan
+    kept_parameters: float
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_program(
+    program: Program, options: Options, plan: PrunePlan | None = None
+) -> ProgramPlan:
+    """Decide what to keep, or take a plan that was made.
+
+    Raises `InputError` for a criterion that reads data, and for a plan of another model.
+    """
+    named = named_axes(program.at())
+    notes: list[str] = []
+    if plan is None:
+        plan, notes = _choose(program, named, options)
+    check_plan(named, plan)
+    kept = block_parameters(named, plan.counts()) / block_parameters(named)
+    return ProgramPlan(plan, kept, notes)
+
+
+def _choose(program: Program, named: NamedAxes, options: Options) -> tuple[PrunePlan, list[str]]:
     options.require_amount()
     if options.importance in NEEDS_DATA:
         names = ", ".join(name for name in CRITERIA if name not in NEEDS_DATA)
         raise InputError(
-            f"--importance {options.importance} reads text, which this model does not take; "
+            f"--importance {options.importance} reads text, which a saved program does not take; "
             f"choose from {names}."
         )
-    named = named_axes(program.at())
     dims = prunable(named, options)
     wanted = request(named, dims, options)
     sources = Sources(named, tuple(dims), program.fetch, seed=options.seed)
     recipe = {k: v for k, v in asdict(options).items() if v is not None}
-    plan = choose(named, dims, CRITERIA[options.importance](sources), wanted, options, recipe)
-    return plan, wanted.notes
+    scores = CRITERIA[options.importance](sources)
+    return choose(named, dims, scores, wanted, options, recipe), wanted.notes
 
 
-def save_shrunk(
-    program: Program, plan: PrunePlan, out: Path, notes: list[str] | None = None
-) -> Program:
+def save_pruned_program(program: Program, planned: ProgramPlan, out: Path) -> Program:
     """Prune, prove that it equals zeroing, and save as a program folder, all or nothing.
 
     Raises `GateFailed` if the pruned program computes something else.
     """
     named = named_axes(program.at())
-    pruned = prune_program(program, plan)
+    pruned = prune_program(program, planned.plan)
     record = {
-        "plan": plan.to_json(),
-        "notes": notes or [],
-        "kept_block_parameters": block_parameters(named, plan.counts()) / block_parameters(named),
-        "verified": {"error_against_zeroing": _prove(program, named, plan, pruned)},
+        "plan": planned.plan.to_json(),
+        "notes": planned.notes,
+        "kept_block_parameters": planned.kept_parameters,
+        "verified": {"error_against_zeroing": _prove(program, named, planned.plan, pruned)},
     }
     with new_folder(out) as folder:
         save_program(pruned, folder, record)
