@@ -30,10 +30,10 @@ architectures: setup
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-.venv/.ready: pyproject.toml
+.venv/.ready: pyproject.toml constraints.txt
 	@test -x .venv/bin/python || test -n "$(PYTHON)" || { \
 		echo "Python 3.11 or newer was not found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x .venv/bin/python || $(VENV) || { rm -rf .venv; exit 1; }
 	@echo "Installing into .venv; the first time takes a minute or two."
-	$(INSTALL) -e '.[test]'
+	$(INSTALL) -c constraints.txt -e '.[test]'
 	@touch $@
