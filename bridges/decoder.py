@@ -85,7 +85,7 @@ def module_program(make, *, dtype: mx.Dtype | None = mx.float32, metadata=None) 
     logits = graph.values[graph.outputs[0]].shape
     return Program(
         graph,
-        _fetcher(make, dtype),
+        fetcher(make, dtype),
         ("input_ids", *(f"past_key_values.{name}" for name in names)),
         ("logits", *(f"present.{name}" for name in names)),
         EXAMPLE,
@@ -160,7 +160,8 @@ def _build(layout, make) -> tuple[list, list]:
     return [one(entry) for entry in layout], leaves
 
 
-def _fetcher(make, dtype: mx.Dtype | None):
+def fetcher(make, dtype: mx.Dtype | None):
+    """Hands out weights of the module that `make()` builds, each once before it builds it anew."""
     held: dict[str, mx.array] = {}
 
     def fetch(paths):

@@ -6,20 +6,20 @@
     a .pt2 file                    a program that torch.export wrote
 """
 
+import json
 import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ..archive import is_program, load_program
 from ..errors import InputError
 from ..parity import Parity, compare, random_cases
 from ..program import Program, program_of
 from ..sizes import solve
-from .decoder import EXAMPLE, GRIDS, cast, module_program
+from .decoder import EXAMPLE, GRIDS, fetcher, module_program
 from .mlx_lm import LanguageModel, is_known, open_model, read_config, trace_logits
 
 FORWARD = ("batch", "length")
@@ -49,7 +49,7 @@ def open_program(
     model = open_model(name, trust_remote_code=trust_remote_code)
     make = partial(model.module, dequantised=False)
     if cached:
-        return module_program(make, dtype=dtype, metadata={"model": model.path.name})
+        return module_program(make, dtype=dtype, metadata=_about(model))
     return forward_program(model, dtype=dtype, sizes=sizes)
 
 
@@ -71,13 +71,20 @@ def forward_program(
     except InputError:
         graph, example = at(**example), {}
 
-    def fetch(paths):
-        held = dict(tree_flatten(model.module(dequantised=False).parameters()))
-        return {path: cast(held.pop(path), dtype) for path in paths}
-
+    fetch = fetcher(partial(model.module, dequantised=False), dtype)
     limits = {"input_ids": graph.values[graph.outputs[0]].shape[-1]}
-    metadata = {"model": model.path.name}
-    return Program(graph, fetch, ("input_ids",), ("logits",), example, limits, metadata)
+    return Program(graph, fetch, ("input_ids",), ("logits",), example, limits, _about(model))
+
+
+def _about(model: LanguageModel) -> dict[str, str]:
+    """The model's name, and the tokens that end a text, as JSON."""
+    stop = None
+    for name in ("generation_config.json", "config.json"):
+        file = model.path / name
+        if stop is None and file.is_file():
+            stop = json.loads(file.read_text(encoding="utf8")).get("eos_token_id")
+    stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
+    return {"model": model.path.name, "stop_tokens": json.dumps(stop)}
 
 
 def torch_program(path: Path, *, trust_remote_code: bool = False) -> Program:
