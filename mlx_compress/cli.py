@@ -61,6 +61,12 @@ def compress(
     global_pruning: Global = DEFAULT.global_pruning,
     plan: Plan = None,
     carrier: Carrier = None,
+    export: Annotated[
+        str | None,
+        typer.Option(
+            "--export", metavar="LIST", help=f"Then export, to any of {', '.join(EXPORTS)}."
+        ),
+    ] = None,
     calibration_samples: Samples = DEFAULT.calibration_samples,
     eval_samples: EvalSamples = DEFAULT.eval_samples,
     max_seq_length: Length = DEFAULT.max_seq_length,
@@ -71,19 +77,25 @@ def compress(
     """Make an MLX model smaller and faster.
 
     With options and no command: prune, save, verify and measure in one go. The folder that comes
-    out opens in stock mlx-lm and holds report.json and compression.json.
+    out opens in stock mlx-lm and holds report.json and compression.json; what --export names goes
+    into folders in it.
     """
     if ctx.invoked_subcommand is not None:
         return
     options = _options(ctx.params)
     if plan is None:
         options.require_amount()
-    from . import jobs
+    given = [_given(*pair) for pair in (
+        ("--model", model), ("--mlx-path", mlx_path), ("--data", data)
+    )]  # fmt: skip
+    targets = [] if export is None else _names("--export", export, EXPORTS)
+    places = {name: given[1] / name for name in targets}
+    from . import jobs, ship
 
-    jobs.compress(
-        _given("--model", model), _given("--mlx-path", mlx_path), _given("--data", data), options,
-        plan=plan, carrier=carrier, trust=trust_remote_code,
-    )  # fmt: skip
+    ship.check_places(places, EXPORT)
+    jobs.compress(*given, options, plan=plan, carrier=carrier, trust=trust_remote_code)
+    if places:
+        ship.export_model(str(mlx_path), places, EXPORT, data=data, trust=trust_remote_code)
 
 
 @app.command()
@@ -243,12 +255,13 @@ def export_model(
         minimum_deployment_target=minimum_deployment_target, compute_units=compute_units,
         stateful=stateful, seed=seed,
     )  # fmt: skip
+    names = _names("--to", to, EXPORTS)
+    places = {name: output if len(names) == 1 else output / name for name in names}
     from . import ship
 
     ship.export_model(
-        model, _names("--to", to, EXPORTS), output, options, data=data, cached=not no_cache,
-        trust=trust_remote_code,
-    )  # fmt: skip
+        model, places, options, data=data, cached=not no_cache, trust=trust_remote_code
+    )
 
 
 @app.command("import")

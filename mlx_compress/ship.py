@@ -1,6 +1,6 @@
 """What `export` and `import` do and print."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .archive import is_program, save_program
@@ -19,14 +19,11 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def export_model(
-    model: str, targets: list[str], folder: Path, options: ExportOptions,
-    *, data: Path | None, cached: bool, trust: bool,
+    model: str, places: Mapping[str, Path], options: ExportOptions,
+    *, data: Path | None = None, cached: bool = True, trust: bool = False,
 ) -> list[Export]:  # fmt: skip
-    """Export to every target: into `folder`, or into a folder of it for each of several."""
-    places = {t: folder if len(targets) == 1 else folder / t for t in targets}
-    for target, place in places.items():
-        target_named(target, options)
-        check_free(place, flag="-o")
+    """Export to every target, each into a new folder of its own, and tell of it."""
+    check_places(places, options)
     program = open_program(model, cached=cached, sizes=options.sizes, trust_remote_code=trust)
     _check_sizes(program, options)
     source = Path(model).expanduser()
@@ -41,6 +38,13 @@ def export_model(
             )
         tell_export(done[-1])
     return done
+
+
+def check_places(places: Mapping[str, Path], options: ExportOptions) -> None:
+    """Fail before the long part: a target that cannot be written, a folder that is taken."""
+    for target, place in places.items():
+        target_named(target, options)
+        check_free(place, flag="-o")
 
 
 def _check_sizes(program: Program, options: ExportOptions) -> None:

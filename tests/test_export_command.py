@@ -88,6 +88,24 @@ def test_several_targets_go_into_a_folder_of_their_own(call, folder, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["mlxfn", "onnx"]
 
 
+def test_compress_exports_what_it_has_pruned(call, tmp_path):
+    example = Path(cli.__file__).parent / "assets"
+    code, printed, err = call(
+        "--model", example / "books5m", "--data", example / "books", "--mlx-path", tmp_path / "out",
+        "--pruning-ratio", "0.5", "--importance", "magnitude", "--eval-samples", "2",
+        "--max-seq-length", "32", "--export", "mlxfn",
+    )  # fmt: skip
+    assert code == 0 and "mx.import_function" in printed, err
+    small = (tmp_path / "out" / "mlxfn" / "model.mlxfn").stat().st_size
+    assert small < 0.9 * 4 * 5_475_584
+
+
+def test_an_export_that_is_unknown_is_refused_before_the_work(call, tmp_path):
+    result = call("--model", "no", "--mlx-path", tmp_path / "out", "--data", "no",
+                  "--pruning-ratio", "0.5", "--export", "tflite")  # fmt: skip
+    refused(result, "--export tflite", "onnx")
+
+
 def test_quantised_weights_make_the_file_smaller_and_are_exact(call, folder, tmp_path):
     sizes = {}
     for how in (None, "int4"):
