@@ -29,7 +29,7 @@ from ..expressible import fitted_config, snap
 from ..importance import CRITERIA, Scores
 from ..options import Options
 from ..plan import PrunePlan
-from ..prune import picks, prune_array
+from ..prune import pruned_fetch, pruner
 from ..report import machine, write_report
 from ..scoring import Text, inspect, read_windows, unit_scores
 
@@ -145,9 +145,8 @@ def _measured(model, named, aim: Aim, scores, windows: Windows, dense) -> dict:
 def pruned_module(model: LanguageModel, named: NamedAxes, plan: PrunePlan):
     """The stock model that a plan leaves, in float32, in memory."""
     module = model.build(fitted_config(model, named, plan))
-    arrays = model.fetch(named.graph.parameters)
-    pruned = [(p, prune_array(array, picks(named, plan, p))) for p, array in arrays.items()]
-    return _float32(module.load_weights(pruned))
+    pruned = pruned_fetch(model.fetch, pruner(named, plan))(named.graph.parameters)
+    return _float32(module.load_weights(list(pruned.items())))
 
 
 def _float32(module):

@@ -10,7 +10,7 @@ compute what the edited graph computes, with the real weights, or it is refused.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +24,9 @@ from ..edit import edit_graph
 from ..errors import InputError
 from ..layers import renamed_paths, settled
 from ..plan import PrunePlan
-from ..prune import check_plan, picks, prune_array, pruned_shapes
+from ..prune import check_plan, pruned_fetch, pruned_shapes, pruner
 from ..residual import entry_of
-from ..stream import Progress, silent, stream_forward
+from ..stream import Fetch, Progress, silent, stream_forward
 from .mlx_lm import LanguageModel, trace_logits
 
 Place = tuple[int | None, str]  # a layer, or None outside of them, and a role
@@ -171,14 +171,15 @@ def advice(found: Iterable[Carrier]) -> str:
 
 
 def write_carrier(
-    folder: Path, model: LanguageModel, named: NamedAxes, plan: PrunePlan, carrier: Carrier,
+    folder: Path, fetch: Fetch, named: NamedAxes, carrier: Carrier,
     *, progress: Progress = silent,
 ) -> int:  # fmt: skip
-    """Write the pruned weights under the carrier's names, as mlx-lm shards them; their bytes.
+    """Write the pruned weights that `fetch` gives under the carrier's names; returns their bytes.
 
-    The carrier's config goes beside them with `checkpoint.write_config`.
+    They are sharded as mlx-lm does. The carrier's config goes beside them with
+    `checkpoint.write_config`.
     """
-    fetch = _converted(model, named, plan, carrier)
+    fetch = _converted(fetch, named, carrier)
     shards = _shards(carrier)
     index, total = {}, 0
     for number, paths in enumerate(shards, start=1):
@@ -298,7 +299,8 @@ def _check_logits(model: LanguageModel, named: NamedAxes, plan, carrier: Carrier
     shape = graph.values[graph.inputs[0]].shape
     tokens = mx.array(np.random.default_rng(0).integers(0, vocabulary, shape).astype(np.int32))
     other = trace_logits(model.build(carrier.config), tokens, dtype=dtype)
-    pairs = ((graph, _pruned(model, named, plan)), (other, _converted(model, named, plan, carrier)))
+    pruned = pruned_fetch(model.fetch, pruner(named, plan))
+    pairs = ((graph, pruned), (other, _converted(pruned, named, carrier)))
     want, got = (_logits(each, fetch, tokens) for each, fetch in pairs)
     difference = (mx.abs(got - want).max() / mx.maximum(mx.abs(want).max(), 1e-30)).item()
     if not difference <= TOLERANCE.get(dtype, TOLERANCE[mx.float32]):
@@ -311,17 +313,8 @@ def _logits(graph, fetch, tokens: mx.array) -> mx.array:
     return out[0].astype(mx.float32)
 
 
-def _pruned(model: LanguageModel, named: NamedAxes, plan: PrunePlan) -> Callable:
-    def fetch(paths):
-        arrays = model.fetch(paths)
-        return {p: prune_array(arrays.pop(p), picks(named, plan, p)) for p in list(arrays)}
-
-    return fetch
-
-
-def _converted(model, named: NamedAxes, plan: PrunePlan, carrier: Carrier) -> Callable:
-    """A fetch of the carrier's parameters."""
-    pruned = _pruned(model, named, plan)
+def _converted(pruned: Fetch, named: NamedAxes, carrier: Carrier) -> Fetch:
+    """A fetch of the carrier's parameters, from one of the pruned model's."""
     some = next(iter(named.graph.parameters))
 
     def fetch(paths):

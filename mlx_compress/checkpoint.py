@@ -25,7 +25,7 @@ from .axes import NamedAxes
 from .errors import CompressError, InputError, ResourceError
 from .layers import renamed_paths
 from .plan import PrunePlan
-from .prune import check_plan, picks, prune_array
+from .prune import check_plan
 from .stream import Fetch, Progress, silent
 
 SHARD_BYTES = 5 << 30  # as mlx-lm shards
@@ -105,8 +105,9 @@ def write_weights(
 ) -> int:  # fmt: skip
     """Write the pruned parameters as mlx-lm shards them; returns their bytes.
 
-    `dtypes` holds the dtype of each parameter on disk. Where the plan drops layers their
-    parameters are left out, and the layers behind them are renumbered.
+    `fetch` gives them under their old paths (`prune.pruned_fetch`); `dtypes` holds the dtype of
+    each on disk. Where the plan drops layers their parameters are left out, and the layers behind
+    them are renumbered.
     """
     check_plan(named, plan)
     names = renamed_paths(named, plan)
@@ -115,8 +116,8 @@ def write_weights(
     for number, paths in enumerate(shards, start=1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         file = f"model{part}.safetensors"
-        arrays = fetch(paths)
-        shard = {names[p]: prune_array(arrays.pop(p), picks(named, plan, p)) for p in paths}
+        arrays = dict(fetch(paths))
+        shard = {names[p]: arrays.pop(p) for p in paths}
         mx.save_safetensors(str(folder / file), shard, metadata={"format": "mlx"})
         total += sum(array.nbytes for array in shard.values())
         index |= dict.fromkeys(shard, file)

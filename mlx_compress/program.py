@@ -16,7 +16,7 @@ from .errors import InputError
 from .execute import run as run_graph
 from .graph import Graph, trace
 from .plan import PrunePlan
-from .prune import picks, prune_array
+from .prune import pruned_fetch, pruner
 from .sizes import instantiate, sizes_of, solve
 from .stream import Fetch
 
@@ -120,18 +120,14 @@ def prune_program(program: Program, plan: PrunePlan) -> Program:
 
     The plan is made for `named_axes(program.at())`. Raises `InputError` for another model's.
     """
-    named = named_axes(program.at())
+    cut = pruner(named_axes(program.at()), plan)
 
     def at(**corner: int) -> Graph:
         return edit_graph(named_axes(instantiate(program.graph, corner)), plan)
 
-    def fetch(paths):
-        arrays = dict(program.fetch(paths))
-        return {path: prune_array(arrays.pop(path), picks(named, plan, path)) for path in paths}
-
     grids = [dict(zip(program.sizes, spans, strict=False)) for spans in SPANS]
     graph = solve(at, grids) if program.sizes else at()
-    return replace(program, graph=graph, fetch=fetch)
+    return replace(program, graph=graph, fetch=pruned_fetch(program.fetch, cut))
 
 
 def with_weights(program: Program, parameters: Mapping[str, mx.array]) -> Program:

@@ -5,7 +5,7 @@ so a plan becomes, for each axis, the list of slots to keep. Where units are cho
 another dimension that lies on another axis (the channels of each expert) the list differs by row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,6 +16,9 @@ from .dims import size_of
 from .errors import InputError
 from .layers import check_layer_cut, dropped_parameters, is_layer_cut
 from .plan import PrunePlan
+from .stream import Fetch
+
+Cutter = Callable[[str, mx.array], mx.array]  # a parameter's path and the whole array -> what stays
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,22 @@ def prune_array(array: mx.array, cuts: list[Pick]) -> mx.array:
         else:
             array = mx.take_along_axis(array, _spread(pick, array.shape), axis=pick.axis)
     return array
+
+
+def pruner(named: NamedAxes, plan: PrunePlan) -> Cutter:
+    """How a plan cuts a parameter: the kept slots as they are."""
+    return lambda path, array: prune_array(array, picks(named, plan, path))
+
+
+def pruned_fetch(fetch: Fetch, cut: Cutter) -> Fetch:
+    """A fetch of pruned parameters, under their old paths; each is cut when it is asked for."""
+
+    def pruned(paths: Iterable[str]) -> dict[str, mx.array]:
+        paths = list(paths)
+        arrays = dict(fetch(paths))
+        return {path: cut(path, arrays.pop(path)) for path in paths}
+
+    return pruned
 
 
 def pruned_shape(shape: tuple[int, ...], cuts: list[Pick]) -> tuple[int, ...]:

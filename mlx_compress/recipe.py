@@ -43,7 +43,7 @@ from .importance import NEEDS_DATA
 from .layers import dropped_parameters, renamed_paths, settled, without
 from .options import KINDS, Options
 from .plan import PrunePlan, describe
-from .prune import check_plan, picks, prune_array
+from .prune import Cutter, check_plan, pruned_fetch, pruner
 from .report import write_report
 from .scoring import PROOF_TOKENS, Text, inspect, layer_scores, read_windows, unit_scores
 from .stream import Progress, silent, stream_forward
@@ -58,6 +58,7 @@ class Planned:
     kept_parameters: float
     notes: list[str] = field(default_factory=list)
     carrier: Carrier | None = None
+    cut: Cutter | None = None  # how each parameter is cut, where not simply to what is kept
 
 
 def make_plan(
@@ -149,11 +150,11 @@ def save_pruned(
     dtypes = _dtypes(model)
     needs = pruned_bytes(named, planned.plan, dtypes)
     with new_folder(out, needs_bytes=needs) as folder:
+        fetch = pruned_fetch(model.fetch, planned.cut or pruner(named, planned.plan))
         if planned.carrier is None:
-            write_weights(folder, named, planned.plan, model.fetch, dtypes, progress=progress)
+            write_weights(folder, named, planned.plan, fetch, dtypes, progress=progress)
         else:
-            carrier = planned.carrier
-            write_carrier(folder, model, named, planned.plan, carrier, progress=progress)
+            write_carrier(folder, fetch, named, planned.carrier, progress=progress)
         write_config(folder, planned.config)
         copy_rest(model.path, folder)
         error = _prove(model, planned, folder, dtypes)
@@ -187,9 +188,11 @@ def _prove(model, planned: Planned, folder: Path, dtypes) -> float:
         graph = model.trace_config(planned.config, mx.array(tokens))
         paths = {new: old for old, new in renamed_paths(named, plan).items()}
 
+    pruned = pruned_fetch(model.fetch, planned.cut or pruner(named, plan))
+
     def fetch(wanted):
-        arrays = model.fetch([paths[path] for path in wanted])
-        return {p: prune_array(arrays[paths[p]], picks(named, plan, paths[p])) for p in wanted}
+        arrays = pruned([paths[path] for path in wanted])
+        return {p: arrays[paths[p]] for p in wanted}
 
     stream_forward(
         graph, [[mx.array(tokens)]], fetch, on_outputs=lambda b, out: logits.append(out[0])

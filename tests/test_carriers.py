@@ -22,7 +22,7 @@ from mlx_compress.errors import InputError
 from mlx_compress.execute import run
 from mlx_compress.layers import layer_dimensions, without
 from mlx_compress.plan import Cut, PrunePlan
-from mlx_compress.prune import prune_parameters
+from mlx_compress.prune import prune_parameters, pruned_fetch, pruner
 from zoo import BASE, CONFIGS, HEAD, LLAMA3_ROPE, TIED
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -73,7 +73,9 @@ def dropped(named, **indices) -> dict[str, Cut]:
 def stock_error(folder, source, named, plan, carrier) -> float:
     """How far stock mlx-lm, opening the written folder, is from the edited graph."""
     folder.mkdir()
-    written = write_carrier(folder, source, named, plan, carrier)
+    written = write_carrier(
+        folder, pruned_fetch(source.fetch, pruner(named, plan)), named, carrier
+    )
     write_config(folder, carrier.config)
     model, config = load_model(folder)
     assert config["model_type"] == carrier.name
@@ -158,7 +160,9 @@ def test_half_precision_weights_keep_their_dtype(tmp_path):
     carrier = carrier_named("openelm", source, named, plan)
     folder = tmp_path / "out"
     folder.mkdir()
-    write_carrier(folder, source, named, plan, carrier)
+    write_carrier(
+        folder, pruned_fetch(source.fetch, pruner(named, plan)), named, carrier
+    )
     arrays = mx.load(str(folder / "model.safetensors"))
     assert {array.dtype for array in arrays.values()} == {mx.float16}
 

@@ -32,7 +32,7 @@ from mlx_compress.fields import Inexpressible
 from mlx_compress.importance import Sources, random
 from mlx_compress.options import Options
 from mlx_compress.plan import PrunePlan
-from mlx_compress.prune import zero_parameters
+from mlx_compress.prune import pruned_fetch, pruner, zero_parameters
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 TOLERANCE = 1e-4
@@ -209,7 +209,8 @@ class Bench:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         dtypes = {path: array.dtype for path, array in self.parameters().items()}
-        checkpoint.write_weights(folder, self.named, plan, self.model.fetch, dtypes)
+        fetch = pruned_fetch(self.model.fetch, pruner(self.named, plan))
+        checkpoint.write_weights(folder, self.named, plan, fetch, dtypes)
         checkpoint.write_config(folder, fitted_config(self.model, self.named, plan))
         checkpoint.copy_rest(self.model.path, folder)
         out = logits(load_model(folder)[0], self.tokens)
