@@ -18,7 +18,8 @@ import mlx.core as mx
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from ...graph import Graph
+from ...execute import execute
+from ...graph import Graph, with_outputs
 from ...sizes import Size
 from ...stream import Fetch
 
@@ -86,7 +87,7 @@ class Builder:
         self.may_be_zero, self.accuracy_level = frozenset(may_be_zero), accuracy_level
         self.nodes: list[NodeProto] = []
         self.weights: dict[str, Weight] = {}
-        self.recipes: dict[str, Callable[[Fetch], mx.array]] = {}
+        self.recipes: dict[str, Callable[[], mx.array | np.ndarray]] = {}
         self.arrays: dict[str, np.ndarray] = {}
         self.notes: list[str] = []
         self.memo: dict[tuple, Handle] = {}
@@ -111,7 +112,22 @@ class Builder:
         held = self.graph.values[value]
         return Handle(held.shape, self.type_of(held.dtype), static=Static(value))
 
-    def remember(self, key: tuple, make: Callable[[], Handle]) -> Handle:
+    def array(self, value: int | str) -> mx.array | np.ndarray:
+        """The contents of a static value: a recipe's, or what parameters and constants make."""
+        if value in self.recipes:
+            return self.recipes[value]()
+        part = with_outputs(self.graph, [value])
+        read = {value, *(i for node in part.nodes for i in node.inputs)}
+        paths = {i: path for path, i in self.graph.parameters.items() if i in read}
+        arrays = self.fetch(list(paths.values()))
+        known = {i: a for i, a in self.graph.constants.items() if i in read}
+        known |= {i: arrays[path].astype(self.graph.values[i].dtype) for i, path in paths.items()}
+        del arrays
+        (result,), _ = execute(self.graph, part.nodes, known, outputs=[value])
+        return result
+
+    def remember(self, key: tuple, make: Callable):
+        """What `make()` returned when the key was first asked for."""
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
@@ -127,7 +143,8 @@ class Builder:
 
     def _initializer(self, handle: Handle) -> str:
         static = handle.static
-        base = self.paths.get(static.value) or f"value.{static.value}"
+        base = self.paths.get(static.value, static.value)
+        base = base if isinstance(base, str) else f"value.{base}"
         name = ".".join([base, *(key for key, _ in static.steps)])
         wanted = Weight(handle.shape, handle.dtype, static)
         if self.weights.get(name, wanted).dtype != handle.dtype:
@@ -306,6 +323,9 @@ def transpose(handle: Handle, permutation: Sequence[int]) -> Handle:
         return handle
     shape = tuple(handle.shape[k] for k in permutation)
     if handle.static:
+        steps = handle.static.steps
+        if permutation == (1, 0) and steps and steps[-1][0] == "T":
+            return Handle(shape, handle.dtype, static=Static(handle.static.value, steps[:-1]))
         key = "T" if permutation == (1, 0) else "t" + "".join(map(str, permutation))
         return then(handle, key, lambda array: array.transpose(permutation), shape)
     if handle.view and handle.view[0] == "transpose":

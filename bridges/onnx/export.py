@@ -22,6 +22,7 @@ from ...program import Program
 from ...sizes import Size
 from .builder import FLOAT, HALF, Builder, Handle, cast, emit
 from .ops import OPS
+from .quantized import with_lookups
 from .write import Written, write
 
 HALVES = (mx.float16, mx.bfloat16)
@@ -59,7 +60,7 @@ def export_onnx(
     """
     options = OnnxOptions(**{**(asdict(options) if options else {}), **changes})
     path = Path(path)
-    graph = recognise(program.graph)
+    graph = with_lookups(recognise(program.graph))
     require_supported(replace(graph, nodes=_computed(graph)), OPS)
     builder = Builder(
         graph, program.inputs, _floats(graph, options.dtype), program.fetch,

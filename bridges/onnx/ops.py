@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from ...errors import InputError
 from . import attention, contractions, indexing, quantized
 from .builder import (
     BOOL,
@@ -163,6 +164,23 @@ def _bitwise(x, a, out):
             y = emit("BitwiseAnd", y, constant(np.array(2**bits - 1, np.int64)))
         return cast(y, current().type_of(out[0].dtype))
     return cast(_floor_divide((left, power)), current().type_of(out[0].dtype))
+
+
+def _view(x, a, out):
+    """Whole numbers as several narrower ones, the lowest bits first."""
+    bits, count = 8 * a[0].size, out[0].shape[-1] // x[0].shape[-1]
+    if x[0].dtype != INT64 or count * bits != 32 or not mx.issubdtype(a[0], mx.integer):
+        raise InputError(f"View as {a[0]} has no rule in ONNX, but for narrower integers.")
+    powers = constant(2 ** (bits * np.arange(count)))
+    parts = emit("Div", emit("Unsqueeze", x[0], ints([-1])), powers)
+    parts = emit("Mod", parts, constant(np.array(2**bits)))
+    if mx.issubdtype(a[0], mx.signedinteger):
+        wrapped = emit("Sub", parts, constant(np.array(2**bits)))
+        negative = emit("GreaterOrEqual", parts, constant(np.array(2 ** (bits - 1))), dtype=BOOL)
+        parts = emit("Where", negative, wrapped, parts, dtype=INT64)
+    parts = cast(parts, current().type_of(a[0]))
+    parts.shape = (*x[0].shape, count)
+    return reshape(parts, out[0].shape)
 
 
 def _as_type(x, a, out):
@@ -334,10 +352,12 @@ OPS = {
     "Sqrt": lambda x, a, out: _unary(*("Sqrt", "Reciprocal")[: 1 + bool(a[0])])(x, a, out),
     "Square": lambda x, a, out: emit("Mul", *_float32(x) * 2, shape=out[0].shape),
     "Transpose": lambda x, a, out: transpose(x[0], a[0]),
+    "View": _view,
     "Attention": attention.attention,
     "GELU": _gelu,
     "LayerNorm": _layer_norm,
     "Linear": contractions.linear,
+    "Lookup": quantized.lookup,
     "RMSNorm": _rms_norm,
     "RoPE": attention.rope,
     "SiLU": _silu,

@@ -204,8 +204,9 @@ def generate(
 ) -> Iterator[str]:  # fmt: skip
     """Text that follows `prompt` (a text, or tokens), piece by piece.
 
-    `options` are those of `Decoder.tokens`; it ends at the model's own stop tokens. `tokenizer` is a tokenizer.json or an object that encodes and decodes; by default the
-    tokenizer.json beside the model. Raises `RunError` for an empty prompt or a missing file.
+    `options` are those of `Decoder.tokens`; it ends at the model's own stop tokens. `tokenizer` is
+    a tokenizer.json or an object that encodes and decodes; by default the tokenizer.json beside
+    the model. Raises `RunError` for an empty prompt or a missing file.
     """
     model = path if isinstance(path, Model) else load(path, threads=threads)
     if tokenizer is None or isinstance(tokenizer, str | Path):

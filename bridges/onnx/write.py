@@ -16,8 +16,6 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ...errors import InputError, ResourceError
-from ...execute import execute
-from ...graph import with_outputs
 from ...program import Program
 from ...sizes import Size
 from .builder import Builder, Handle, Weight
@@ -58,7 +56,7 @@ def write(
         for n, a in arrays.items()
     )
     with _partial(path, data) as (file, data_file):
-        tensors = _tensors(builder, program, weights, data_file, data)
+        tensors = _tensors(builder, weights, data_file, data)
         model.graph.initializer.extend(tensors)
         file.write(model.SerializeToString())
     counts: dict[str, int] = {}
@@ -100,9 +98,9 @@ def _info(name: str, handle: Handle):
     return helper.make_tensor_value_info(name, handle.dtype, shape)
 
 
-def _tensors(builder, program, weights, data_file, data: Path | None) -> Iterator[TensorProto]:
+def _tensors(builder, weights, data_file, data: Path | None) -> Iterator[TensorProto]:
     for name, weight in weights.items():
-        array = np.asarray(compute(builder, program, weight), order="C")
+        array = np.asarray(compute(builder, weight), order="C")
         assert array.shape == weight.shape, (name, array.shape, weight.shape)
         tensor = TensorProto(name=name, dims=array.shape, data_type=weight.dtype)
         if data is None or array.nbytes < INLINE_BYTES:
@@ -117,13 +115,9 @@ def _tensors(builder, program, weights, data_file, data: Path | None) -> Iterato
         yield tensor
 
 
-def compute(builder: Builder, program: Program, weight: Weight) -> np.ndarray:
+def compute(builder: Builder, weight: Weight) -> np.ndarray:
     """The contents of a weight; nothing of it stays in memory."""
-    value = weight.static.value
-    if value in builder.recipes:
-        array = builder.recipes[value](program.fetch)
-    else:
-        array = _value(builder.graph, program, value)
+    array = builder.array(weight.static.value)
     kind = helper.tensor_dtype_to_np_dtype(weight.dtype)
     if isinstance(array, mx.array):
         if mx.issubdtype(array.dtype, mx.floating):
@@ -132,19 +126,6 @@ def compute(builder: Builder, program: Program, weight: Weight) -> np.ndarray:
     for _, step in weight.static.steps:
         array = step(array)
     return array.astype(kind, copy=False)
-
-
-def _value(graph, program: Program, value: int) -> mx.array:
-    """A value that parameters and constants alone determine."""
-    part = with_outputs(graph, [value])
-    read = {value, *(i for node in part.nodes for i in node.inputs)}
-    paths = {i: path for path, i in graph.parameters.items() if i in read}
-    arrays = program.fetch(list(paths.values()))
-    known = {i: a for i, a in graph.constants.items() if i in read}
-    known |= {i: arrays[path].astype(graph.values[i].dtype) for i, path in paths.items()}
-    del arrays
-    (result,), _ = execute(graph, part.nodes, known, outputs=[value])
-    return result
 
 
 @contextlib.contextmanager
