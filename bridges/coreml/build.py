@@ -3,17 +3,21 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ...errors import InputError
 from ...execute import require_supported
 from ...graph import Graph
 from ...sizes import Size
 from ...stream import Fetch
+from .compressed import weight
 from .ops import OPS
+from .quantised import Packed
 from .quiet import Function, Program, mb, types
 from .scope import Scope, building, scope
 from .spans import name_of
 from .state import update_state
 from .values import NUMPY, cast, constant, is_float, kind, to_numpy
 
+REFUSALS = (AssertionError, IndexError, NotImplementedError, TypeError, ValueError)
 RULES = {**OPS, "StateUpdate": update_state}
 MIL_TYPES = {"fp16": types.fp16, "fp32": types.fp32, "int32": types.int32, "bool": types.bool}
 
@@ -55,23 +59,26 @@ class Plan:
     graph: Graph
     inputs: Mapping[int, Feature]
     outputs: Sequence[str]
+    packed: Mapping[int, Packed]
     states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def build(plan: Plan, fetch: Fetch, *, symbols: Mapping, floats: str, target) -> Program:
-    """The MIL program of a plan; `symbols` are MIL's for the open sizes."""
+def build(
+    plan: Plan, fetch: Fetch, *, symbols: Mapping, floats: str, target
+) -> tuple[Program, list[str]]:
+    """The MIL program of a plan, and notes; `symbols` are MIL's for the open sizes."""
     require_supported(plan.graph, RULES)
     with Function(_specs(plan, symbols), opset_version=target) as function:
         known = {i: function.inputs[f.name] for i, f in plan.inputs.items()}
         sizes = _open_sizes({known[i]: f for i, f in plan.inputs.items()})
         states = {name: function.inputs[name] for name in plan.states}
-        with building(Scope(floats, target.value, sizes, states)):
-            add_weights(known, plan.graph, fetch, floats)
+        with building(Scope(floats, target.value, sizes, states)) as about:
+            add_weights(known, plan, fetch, floats)
             run(plan.graph, known)
             function.set_outputs(_outputs(plan, known, floats))
     program = Program()
     program.add_function("main", function)
-    return program
+    return program, about.notes
 
 
 def _specs(plan: Plan, symbols: Mapping) -> dict:
@@ -98,7 +105,8 @@ def _open_sizes(arrays: Mapping) -> dict:
     return sizes
 
 
-def add_weights(known: dict, graph: Graph, fetch: Fetch, floats: str) -> None:
+def add_weights(known: dict, plan: Plan, fetch: Fetch, floats: str) -> None:
+    graph = plan.graph
     read = {i for node in graph.nodes for i in node.inputs} | set(graph.outputs)
     for number, array in graph.constants.items():
         if number in read:
@@ -108,6 +116,9 @@ def add_weights(known: dict, graph: Graph, fetch: Fetch, floats: str) -> None:
             array = to_numpy(fetch([path])[path])
             held = kind(graph.values[number].dtype)
             known[number] = constant(array, floats if held == "fp32" else held)
+    for number, packed in plan.packed.items():
+        if number in read:
+            known[number] = weight(packed, fetch, floats)
 
 
 def run(graph: Graph, known: dict) -> None:
@@ -117,7 +128,13 @@ def run(graph: Graph, known: dict) -> None:
         shapes[var.name] = graph.values[number].shape
     for node in graph.nodes:
         outs = [graph.values[i] for i in node.outputs]
-        made = RULES[node.op]([known[i] for i in node.inputs], node.attributes, outs)
+        try:
+            made = RULES[node.op]([known[i] for i in node.inputs], node.attributes, outs)
+        except REFUSALS as refused:
+            if isinstance(refused, InputError):
+                raise
+            words = " ".join(str(refused).split()) or type(refused).__name__
+            raise InputError(f"{node.op} cannot be said in Core ML: {words}") from refused
         made = made if isinstance(made, list) else [made]
         for number, var in zip(node.outputs, made, strict=True):
             known[number] = var

@@ -74,12 +74,14 @@ def export_coreml(
     plan = _plan(program, spans, floats, context if stateful else None)
     about = {**program.metadata, "compute_units": compute_units, **(metadata or {})}
     with _temporary(path) as folder:
-        built = build(plan, program.fetch, symbols=spans.symbols, floats=floats, target=target)
+        built, notes = build(
+            plan, program.fetch, symbols=spans.symbols, floats=floats, target=target
+        )
         inputs = spans.tensor_types(plan.inputs.values())
         write_package(built, folder / path.name, inputs=inputs, target=target)
         describe(folder / path.name, about, {})
         (folder / path.name).rename(path)
-    return Package(path, folder_bytes(path))
+    return Package(path, folder_bytes(path), tuple(notes))
 
 
 def _spans(program: Program, asked: Mapping[str, Span], context: int | None) -> Spans:
@@ -100,13 +102,14 @@ def _spans(program: Program, asked: Mapping[str, Span], context: int | None) -> 
 
 def _plan(program: Program, spans: Spans, floats: str, context: int | None) -> Plan:
     if context is None:
-        graph = prepare(program.graph, spans.fixed)
-        return Plan(graph, features(graph, program.inputs, floats), program.outputs)
+        graph, packed = prepare(program.graph, spans.fixed)
+        return Plan(graph, features(graph, program.inputs, floats), program.outputs, packed)
     length = spans.fixed.get("length", size_named("length"))
-    graph = by_total(prepare(program.graph, spans.fixed), length)
+    graph, packed = prepare(program.graph, spans.fixed)
+    graph = by_total(graph, length)
     graph, names, states = with_states(graph, program, length, context)
     outputs = program.outputs[: len(graph.outputs)]
-    return Plan(graph, features(graph, names, floats), outputs, states)
+    return Plan(graph, features(graph, names, floats), outputs, packed, states)
 
 
 def checked_path(path: str | Path) -> Path:

@@ -38,7 +38,7 @@ def expand_dims(x, a, out):
 
 def squeeze(x, a, out):
     var, axes = x[0], list(a[0])
-    if var.val is not None:
+    if var.val is not None or any(var.shape[k] != 1 for k in axes):
         return to_shape(x, a, out)
     undone = var.op is not None and var.op.op_type == "expand_dims"
     if undone and list(var.op.axes.val) == axes:
@@ -110,7 +110,8 @@ def _bounds(var, start, end, stride) -> dict:
 def _edges(n, first, last, step) -> tuple:
     """Start and end along an axis of size `n`, and whether each is the axis's own."""
     if isinstance(n, Size) or isinstance(last, Size):
-        return first, last, first == 0 and step > 0, last == n
+        whole = last == n  # then it is the mask that says so, and the bounds stay numbers
+        return first, 0 if whole else last, first == 0 and step > 0, whole
     last = last + n if last < 0 else last
     if step > 0:
         return first, min(last, n), first == 0, last >= n
@@ -169,11 +170,36 @@ def gather_axis(x, a, out):
 def scatter_axis(x, a, out):
     code, axis = a
     source, updates = map(ints, alike([x[0], x[2]]))
-    mode = "add" if code == 0 else "update"
-    changed = mb.scatter_along_axis(
-        data=source, indices=cast(x[1], "int32"), updates=updates, axis=axis, mode=mode
-    )
+    indices, mode = cast(x[1], "int32"), "add" if code == 0 else "update"
+    if any(isinstance(n, Size) for n in out[0].shape):
+        order = [k for k in range(source.rank) if k != axis % source.rank] + [axis % source.rank]
+        moved = (mb.transpose(x=v, perm=order) for v in (source, indices, updates))
+        shape = [out[0].shape[k] for k in order]
+        changed = reshape(_scatter_rows(*moved, shape_of(x[1])[axis], mode), shape)
+        changed = mb.transpose(x=changed, perm=[order.index(k) for k in range(source.rank)])
+    else:
+        changed = mb.scatter_along_axis(
+            data=source, indices=indices, updates=updates, axis=axis, mode=mode
+        )
     return cast(changed, type_of(x[0]))
+
+
+def _scatter_rows(source, indices, updates, picked, mode: str):
+    """Along the last axis, in one long row: MIL's scatter along an axis compares open sizes.
+
+    `picked` is the size of the last axis of `indices`.
+    """
+    rows = mb.reshape(x=indices, shape=vector([-1, picked]))
+    count, width = (mb.slice_by_index(x=mb.shape(x=v), begin=[k], end=[k + 1], squeeze_mask=[True])
+                    for v, k in ((rows, 0), (source, source.rank - 1)))  # fmt: skip
+    starts = mb.mul(x=mb.range_1d(start=0, end=count, step=1), y=width)
+    places = mb.add(x=rows, y=mb.expand_dims(x=starts, axes=[1]))
+    return mb.scatter_nd(
+        data=mb.reshape(x=source, shape=[-1]),
+        indices=mb.reshape(x=places, shape=[-1, 1]),
+        updates=mb.reshape(x=updates, shape=[-1]),
+        mode=mode,
+    )
 
 
 SCATTER_MODES = ("max", "min", "add", "mul", "update")

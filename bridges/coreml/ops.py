@@ -204,6 +204,12 @@ def _gather_mm(x, a, out):
     return mb.matmul(x=_picked(left, x[2]), y=_picked(right, x[3]))
 
 
+def _gather_linear(x, a, out):
+    """The same with matrices [out, in]."""
+    left, right = alike(x[:2])
+    return mb.matmul(x=_picked(left, x[2]), y=_picked(right, x[3]), transpose_y=True)
+
+
 def _picked(matrices, indices):
     if matrices.rank > 3:
         matrices = mb.reshape(x=matrices, shape=[-1, *matrices.shape[-2:]])
@@ -245,12 +251,14 @@ OPS = {
     "Convolution": _convolution,
     "Depends": lambda x, a, out: list(x[: len(out)]),
     "DivMod": lambda x, a, out: [_binary("floor_div")(x, a, out), _binary("mod")(x, a, out)],
+    "Embedding": lambda x, a, out: mb.gather(x=x[0], indices=cast(x[1], "int32"), axis=0),
     "Equal": _equal,
     "ExpandDims": expand_dims,
     "Expm1": lambda x, a, out: _plus(mb.exp(x=x[0]), -1),
     "Full": broadcast,
     "Gather": gather,
     "GatherAxis": gather_axis,
+    "GatherLinear": _gather_linear,
     "GatherMM": _gather_mm,
     "Hadamard": _hadamard,
     "Log": _log,

@@ -14,15 +14,18 @@ from ...execute import apply_node
 from ...graph import Graph, Node, Value, with_outputs
 from ...patterns import recognise
 from ...sizes import Size, size_named
-from .quantised import merge_quantised
+from .quantised import Packed, merge_quantised
 
 FOLDED_BYTES = 1 << 20  # a larger constant is cheaper to compute than to ship
 
 
-def prepare(graph: Graph, sizes: Mapping[str, int | Size]) -> Graph:
-    """The graph at the given sizes, as composites and few primitives; other sizes stay open."""
-    graph = merge_quantised(recognise(graph))
-    return _without_empties(_folded(fix(graph, sizes)))
+def prepare(graph: Graph, sizes: Mapping[str, int | Size]) -> tuple[Graph, dict[int, Packed]]:
+    """The graph at the given sizes, as composites and few primitives; and its quantised weights.
+
+    Sizes that are not given stay open.
+    """
+    graph, packed = merge_quantised(_folded(recognise(graph)))
+    return _without_empties(_folded(fix(graph, sizes))), packed
 
 
 def fix(graph: Graph, sizes: Mapping[str, int | Size]) -> Graph:

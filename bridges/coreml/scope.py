@@ -26,6 +26,7 @@ class Scope:
     states: Mapping[str, object] = field(default_factory=dict)
     shapes: dict[str, tuple] = field(default_factory=dict)  # by the name of a var
     made: dict = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @contextmanager
