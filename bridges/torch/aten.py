@@ -245,10 +245,6 @@ def _index(x, indices):
     """`x[indices]`, where None stands for a whole axis."""
     indexed = [k for k, index in enumerate(indices) if index is not None]
     arrays = [indices[k] for k in indexed]
-    if any(a.dtype == mx.bool_ for a in arrays):
-        raise InputError(
-            "aten.index by a mask: the result's size depends on the data; use torch.where instead."
-        )
     if len(indexed) == 1:
         return mx.take(x, arrays[0], axis=indexed[0])
     rest = [k for k in range(x.ndim) if k not in indexed]
@@ -261,6 +257,11 @@ def _index(x, indices):
 
 
 def _index_put(x, indices, values, accumulate=False):
+    masks = [k for k, i in enumerate(indices) if i is not None and i.dtype == mx.bool_]
+    if masks and values.size == 1 and len(masks) == sum(i is not None for i in indices) == 1:
+        mask = indices[masks[0]]
+        mask = mx.reshape(mask, (*mask.shape, *[1] * (x.ndim - masks[0] - mask.ndim)))
+        return mx.where(mask, x + values if accumulate else values, x)
     whole = tuple(slice(None) if i is None else i for i in indices)
     if accumulate:
         return x.at[whole].add(values)

@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import torch
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from ...errors import InputError
@@ -21,9 +22,6 @@ from .arrays import TO_MLX, to_mlx
 from .aten import ATEN
 from .images import ChannelsLast, plain, run
 
-LOOKS_AT_DATA = ("_local_scalar_dense", "cond", "item", "map_impl", "masked_select", "nonzero",
-                 "nonzero_static", "unique", "unique_consecutive", "unique_dim", "_unique2",
-                 "while_loop")  # fmt: skip
 IN_TRAINING = ("_native_batch_norm_legit", "_native_batch_norm_legit_functional",
                "native_batch_norm")  # fmt: skip
 # Checks that torch writes into a program; the sizes are checked where they come in.
@@ -265,17 +263,22 @@ SCALARS = {
 
 
 def _rule(node) -> Callable | None:
-    short, full = _name(node)
     if _is_scalar_function(node):
-        return SCALARS.get(short, node.target)
-    return ATEN.get(full, ATEN.get(short))
+        return SCALARS.get(_name(node)[0], node.target)
+    return ATEN.get(_key(node))
+
+
+def _key(node) -> str:
+    """Where the table has the operator: with its overload, if that is an entry of its own."""
+    short, full = _name(node)
+    return full if full in ATEN else short
 
 
 def _check_operators(nodes) -> None:
     """Raise `InputError` naming every operator that stands in the way, at once."""
     calls = [n for n in nodes if n.op == "call_function" and not _is_check(n)]
     names = {_name(n) for n in calls}
-    data = sorted({short for short, _ in names} & set(LOOKS_AT_DATA))
+    data = sorted({_name(n)[0] for n in calls if _looks_at_data(n)})
     if data:
         raise InputError(
             f"torch program: {', '.join(data)} depends on the data, so it has no fixed graph; use "
@@ -297,6 +300,15 @@ def _check_operators(nodes) -> None:
         raise InputError(f"torch program: no rule for {', '.join(sorted(missing))}.")
 
 
+def _looks_at_data(node) -> bool:
+    """Whether an operator makes a size or a number that only the data tell, or takes a branch."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    made = pytree.tree_leaves(node.meta.get("val"))
+    read = [a for a in node.all_input_nodes if free_unbacked_symbols(a.meta.get("val"))]
+    return not read and any(free_unbacked_symbols(value) for value in made)
+
+
 # What these give beside their first output (places, statistics) is not computed.
 FIRST_ONLY = frozenset((
     "_fused_rms_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
@@ -314,7 +326,7 @@ def _step(node) -> Step:
     values = node.meta.get("val")
     values = values if isinstance(values, list | tuple) else [values]
     dtypes = tuple(TO_MLX.get(v.dtype) if isinstance(v, torch.Tensor) else None for v in values)
-    return Step(node.name, _name(node)[0], _rule(node), args, kwargs, dtypes)
+    return Step(node.name, _key(node), _rule(node), args, kwargs, dtypes)
 
 
 def _argument(value):
