@@ -101,7 +101,14 @@ def _sliced(rule, args, kwargs, rank):
     return ChannelsLast(rule(image.array, _moved(axis, rank), *rest, **kwargs))
 
 
+def _reshaped(rule, args, kwargs, rank):
+    """Where an image is one pixel, its channels lie in order either way."""
+    one_pixel = all(n == 1 for n in args[0].array.shape[1:-1])
+    return rule(args[0].array, *args[1:]) if one_pixel else None
+
+
 MOVED = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten"), _reshaped),
     "cat": _concatenated, "constant_pad_nd": _padded, "permute": _permuted, "slice": _sliced,
 }  # fmt: skip
 
