@@ -1,18 +1,16 @@
-"""Build an ONNX graph: handles, symbolic sizes, views that cost nothing, weights known by recipe.
+"""Build an ONNX graph: handles, views that cost nothing, weights known by recipe.
 
     with Builder(graph, names, ...) as builder:
         y = emit("Add", x, constant(1.0))
 
 A rule of `ops.py` works on handles. A handle is a tensor of the ONNX graph, or a *static* value
 (what parameters and constants alone determine: a recipe, computed when the file is written), or a
-*view* of other handles, which becomes a node only if a node reads it so.
-A shape may hold `Size`s; `ints` makes an int64 tensor of it, computed from the inputs' shapes.
+*view* of other handles (`views.py`), which becomes nodes only if a node reads it so.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from math import lcm
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +18,6 @@ from onnx import NodeProto, TensorProto, helper
 
 from ...execute import execute
 from ...graph import Graph, with_outputs
-from ...sizes import Size
 from ...stream import Fetch
 
 FLOAT, HALF, INT32, INT64, BOOL = (
@@ -47,19 +44,34 @@ class Static:
         return self.value, *(name for name, _ in self.steps)
 
 
+@dataclass(frozen=True)
+class View:
+    """How a handle follows from others. `write()` adds the nodes, once something reads it so."""
+
+    kind: str
+    parents: tuple["Handle", ...]
+    detail: tuple
+    write: Callable[[], "Handle"]
+
+
 @dataclass(eq=False)
 class Handle:
     """A tensor: its shape, of ints and `Size`s, and its ONNX type. `tensor(handle)` names it.
 
-    `view` is ("transpose", parent, permutation), ("reshape", parent, None) or ("concatenate",
-    parents, axis).
+    `value` is the id of the graph's value that it stands for, where it does.
     """
 
     shape: tuple
     dtype: int
     name: str | None = None
     static: Static | None = None
-    view: tuple | None = None
+    view: View | None = None
+    value: int | None = None
+
+    def open_view(self, kind: str) -> View | None:
+        """The view, if it is of this kind and not written yet."""
+        held = self.view
+        return held if held is not None and held.kind == kind and self.name is None else None
 
 
 @dataclass(frozen=True)
@@ -76,15 +88,17 @@ class Builder:
 
     `names` are those of the graph's inputs. `floats` maps MLX's floating dtypes to ONNX types.
     Sizes in `may_be_zero` are not left to ONNX to infer. `accuracy_level` is MatMulNBits' own.
+    `buffer` positions is what a cache of fixed buffers can hold at most; 0 for one that grows.
     `recipes` are further static values, by the name of their weight.
     """
 
     def __init__(
         self, graph: Graph, names: Sequence[str], floats: Mapping[mx.Dtype, int], fetch: Fetch,
-        *, may_be_zero=frozenset(), accuracy_level: int = 0,
+        *, may_be_zero=frozenset(), accuracy_level: int = 0, buffer: int = 0,
     ):  # fmt: skip
         self.graph, self.floats, self.fetch = graph, dict(floats), fetch
         self.may_be_zero, self.accuracy_level = frozenset(may_be_zero), accuracy_level
+        self.buffer = buffer
         self.nodes: list[NodeProto] = []
         self.weights: dict[str, Weight] = {}
         self.recipes: dict[str, Callable[[], mx.array | np.ndarray]] = {}
@@ -138,7 +152,7 @@ class Builder:
             if handle.static:
                 handle.name = self._initializer(handle)
             else:
-                handle.name = self._written_out(handle).name
+                handle.name = self.name_of(handle.view.write())
         return handle.name
 
     def _initializer(self, handle: Handle) -> str:
@@ -159,20 +173,6 @@ class Builder:
                 for k, name in enumerate(names):
                     if name == old:
                         names[k] = new
-
-    def _written_out(self, handle: Handle) -> Handle:
-        kind, parent, detail = handle.view
-        if kind == "concatenate":
-            return emit("Concat", *parent, shape=handle.shape, axis=detail)
-        key = (kind, self.name_of(parent), detail or handle.shape)
-
-        def make() -> Handle:
-            if kind == "transpose":
-                return emit("Transpose", parent, shape=handle.shape, perm=detail)
-            how, keeps = _reshape_target(parent.shape, handle.shape, self.may_be_zero)
-            return emit("Reshape", parent, how, shape=handle.shape, allowzero=int(not keeps))
-
-        return self.remember(key, make)
 
 
 def current() -> Builder:
@@ -222,133 +222,6 @@ def constant(array, dtype: int | None = None) -> Handle:
         return Handle(array.shape, kind, name)
 
     return builder.remember(("constant", array.dtype.str, array.shape, array.tobytes()), make)
-
-
-# ---- symbolic sizes
-
-
-def ints(entries: Sequence) -> Handle:
-    """An int64 vector of numbers and sizes."""
-    entries = tuple(entries)
-    if not any(isinstance(n, Size) for n in entries):
-        return constant(np.array(entries, np.int64))
-    if len(entries) == 1:
-        return _size(entries[0])
-
-    def make() -> Handle:
-        parts, run = [], []
-        for n in entries:
-            if isinstance(n, Size):
-                parts += [constant(np.array(run, np.int64))] if run else []
-                parts, run = [*parts, _size(n)], []
-            else:
-                run.append(int(n))
-        parts += [constant(np.array(run, np.int64))] if run else []
-        return emit("Concat", *parts, shape=(len(entries),), axis=0)
-
-    return current().remember(("ints", entries), make)
-
-
-def number(entry, dtype: int = INT64) -> Handle:
-    """A scalar of a number or a size."""
-    if not isinstance(entry, Size):
-        return constant(np.array(entry), dtype)
-    whole = current().remember(
-        ("scalar", entry), lambda: emit("Squeeze", _size(entry), constant(np.array([0])), shape=())
-    )
-    return cast(whole, dtype)
-
-
-def _size(form: Size) -> Handle:
-    """An int64 vector of one entry: a sum of products of the inputs' sizes."""
-
-    def make() -> Handle:
-        common = lcm(*(c.denominator for c in form.terms.values()))
-        total = None
-        for names, coefficient in form.terms.items():
-            factors = [_named(name) for name in names]
-            if not names or coefficient * common != 1:
-                factors.append(constant(np.array([int(coefficient * common)], np.int64)))
-            term = _fold("Mul", factors)
-            total = term if total is None else emit("Add", total, term, shape=(1,))
-        if common == 1:
-            return total
-        return emit("Div", total, constant(np.array([common], np.int64)), shape=(1,))
-
-    return current().remember(("size", form), make)
-
-
-def _fold(op: str, parts: list[Handle]) -> Handle:
-    total = parts[0]
-    for part in parts[1:]:
-        total = emit(op, total, part, shape=(1,))
-    return total
-
-
-def _named(name: str) -> Handle:
-    def make() -> Handle:
-        for handle in current().inputs.values():
-            for axis, form in enumerate(handle.shape):
-                if isinstance(form, Size) and form.terms == {(name,): 1}:
-                    return emit("Shape", handle, shape=(1,), dtype=INT64, start=axis, end=axis + 1)
-        raise AssertionError(f"no input has an axis {name}")
-
-    return current().remember(("named", name), make)
-
-
-def _reshape_target(before: tuple, after: tuple, may_be_zero) -> tuple[Handle, bool]:
-    """What Reshape is told: 0 to copy, -1 for one that it can infer; and whether 0 means copy."""
-    told: list = [
-        0 if isinstance(n, Size) and k < len(before) and before[k] == n else n
-        for k, n in enumerate(after)
-    ]
-    open_ones = [k for k, n in enumerate(told) if isinstance(n, Size)]
-    others = {
-        name for k, n in enumerate(after) if isinstance(n, Size) and k not in open_ones[:1]
-        for name in n.names
-    }  # fmt: skip
-    if len(open_ones) == 1 and not others & may_be_zero and 0 not in after:
-        told[open_ones[0]] = -1
-    if any(n == 0 and not isinstance(n, Size) for n in after):
-        return ints(after), False
-    return ints(told), True
-
-
-# ---- views
-
-
-def transpose(handle: Handle, permutation: Sequence[int]) -> Handle:
-    permutation = tuple(permutation)
-    if permutation == tuple(range(len(permutation))):
-        return handle
-    shape = tuple(handle.shape[k] for k in permutation)
-    if handle.static:
-        steps = handle.static.steps
-        if permutation == (1, 0) and steps and steps[-1][0] == "T":
-            return Handle(shape, handle.dtype, static=Static(handle.static.value, steps[:-1]))
-        key = "T" if permutation == (1, 0) else "t" + "".join(map(str, permutation))
-        return then(handle, key, lambda array: array.transpose(permutation), shape)
-    if handle.view and handle.view[0] == "transpose":
-        _, parent, inner = handle.view
-        return transpose(parent, [inner[k] for k in permutation])
-    return Handle(shape, handle.dtype, view=("transpose", handle, permutation))
-
-
-def reshape(handle: Handle, shape: Sequence) -> Handle:
-    shape = tuple(shape)
-    if shape == handle.shape:
-        return handle
-    if handle.static:
-        return then(handle, "x".join(map(str, shape)), lambda array: array.reshape(shape), shape)
-    if handle.view and handle.view[0] == "reshape":
-        return reshape(handle.view[1], shape)
-    return Handle(shape, handle.dtype, view=("reshape", handle, None))
-
-
-def then(handle: Handle, key: str, step, shape: tuple, dtype: int | None = None) -> Handle:
-    """A static handle after one more step on its array."""
-    static = Static(handle.static.value, (*handle.static.steps, (key, step)))
-    return Handle(shape, handle.dtype if dtype is None else dtype, static=static)
 
 
 def cast(handle: Handle, dtype: int) -> Handle:

@@ -8,19 +8,9 @@ embedding) stays as it lies, and Gemm reads it transposed.
 import numpy as np
 
 from ...errors import InputError
-from .builder import (
-    Handle,
-    cast,
-    constant,
-    current,
-    dynamic_float,
-    emit,
-    ints,
-    reshape,
-    then,
-    transpose,
-)  # fmt: skip
-from .forms import times
+from .builder import Handle, cast, constant, current, dynamic_float, emit
+from .extents import ints, times
+from .views import lazily, reshape, then, transpose
 
 
 def matmul(x, a, out):
@@ -55,6 +45,13 @@ def _by_gemm(left: Handle, table: Handle, shape: tuple) -> Handle:
 
 
 def linear(x, a, out):
+    if not current().buffer or any(h.static is None or h.static.steps for h in x[1:]):
+        return _linear(x, out)
+    # Attention on buffers takes its three products as one, where it can.
+    return lazily("linear", tuple(x), (), lambda: _linear(x, out), out[0].shape)
+
+
+def _linear(x, out) -> Handle:
     y = product(x[0], transpose(x[1], (1, 0)), out[0].shape)
     return y if len(x) < 3 else emit("Add", y, cast(x[2], y.dtype), shape=out[0].shape)
 

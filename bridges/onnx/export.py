@@ -20,6 +20,7 @@ from ...graph import Graph, Node
 from ...patterns import recognise
 from ...program import Program
 from ...sizes import Size
+from .buffers import CAPACITY, with_buffers
 from .builder import FLOAT, HALF, Builder, Handle, cast, emit
 from .ops import OPS
 from .quantized import with_lookups
@@ -37,17 +38,23 @@ class OnnxOptions:
     `dtype` is that of weights and of computing, "float32" or "float16". `external_bytes`: larger
     weights go to a file beside the model's (over 2 GB they always do). `accuracy_level` of 4-bit
     and 8-bit weights: 0 computes in float, 4 rounds activations to int8, which is much faster.
+    `cache`: one that "grow"s by what goes out being fed again, for any batch; or in a "buffer" of
+    at most `positions` (see `buffers.py`), which decodes faster behind a long past.
     """
 
     dtype: str = "float32"
     external_bytes: int = 2**28
     accuracy_level: int = 4
+    cache: str = "grow"
+    positions: int = 4096
 
     def __post_init__(self):
         if self.dtype not in ("float32", "float16"):
             raise InputError(f"dtype {self.dtype}: is not known; choose float32 or float16.")
         if self.accuracy_level not in (0, 1, 2, 3, 4):
             raise InputError(f"accuracy_level {self.accuracy_level}: choose 0 to 4.")
+        if self.cache not in ("grow", "buffer"):
+            raise InputError(f"cache {self.cache}: is not known; choose grow or buffer.")
 
 
 def export_onnx(
@@ -66,8 +73,11 @@ def export_onnx(
         graph, program.inputs, _floats(graph, options.dtype), program.fetch,
         may_be_zero={name for name, n in program.sizes.items() if n == 0},
         accuracy_level=options.accuracy_level,
+        buffer=options.positions if options.cache == "buffer" else 0,
     )  # fmt: skip
     with builder:
+        if builder.buffer:
+            with_buffers(builder)
         outputs = _named(builder, program, lower(builder))
     return write(
         builder, program, outputs, path,
@@ -96,7 +106,7 @@ def lower(builder: Builder) -> list[Handle]:
             results = OPS[node.op](x, node.attributes, out)
             results = results if isinstance(results, list) else [results]
         for number, handle, value in zip(node.outputs, results, out, strict=True):
-            handle.shape = value.shape
+            handle.shape, handle.value = value.shape, number
             known[number] = handle
     return [known[i] for i in graph.outputs]
 
@@ -142,7 +152,10 @@ def _named(builder: Builder, program: Program, handles: list[Handle]) -> list[Ha
             old = emit("Identity", handle).name
         builder.rename(old, name)
         taken.add(name)
-        outputs.append(Handle(handle.shape, handle.dtype, name))
+        shape = handle.shape
+        if builder.buffer and name.startswith("present."):
+            shape = (*shape[:2], CAPACITY, *shape[3:])
+        outputs.append(Handle(shape, handle.dtype, name))
         handle.name = name
     return outputs
 
@@ -158,4 +171,5 @@ def _metadata(program: Program, options: OnnxOptions) -> Mapping[str, str]:
         "mlx_compress.sizes": json.dumps(dict(program.sizes)),
         "mlx_compress.limits": json.dumps(dict(program.limits)),
         "mlx_compress.cache": json.dumps(pairs),
+        **({"mlx_compress.positions": str(options.positions)} if options.cache == "buffer" else {}),
     }

@@ -7,19 +7,9 @@ import numpy as np
 from ...errors import InputError
 from ...execute import UPDATES, window
 from ...sizes import Size
-from .builder import (
-    INT32,
-    INT64,
-    Handle,
-    cast,
-    constant,
-    emit,
-    ints,
-    number,
-    reshape,
-    transpose,
-)  # fmt: skip
-from .forms import plus
+from .builder import INT32, INT64, Handle, cast, constant, emit
+from .extents import ints, number, plus
+from .views import reshape, transpose
 
 FAR = 2**63 - 1  # beyond the end of every axis
 COMBINE = {"maximum": "Max", "minimum": "Min", "add": "Add", "multiply": "Mul"}

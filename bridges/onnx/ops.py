@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...errors import InputError
-from . import attention, contractions, indexing, quantized
+from . import attention, buffers, contractions, indexing, quantized
 from .builder import (
     BOOL,
     FLOAT,
@@ -25,11 +25,9 @@ from .builder import (
     current,
     dynamic_float,
     emit,
-    ints,
-    number,
-    reshape,
-    transpose,
-)  # fmt: skip
+)
+from .extents import ints, number
+from .views import concatenate, reshape, transpose
 
 COMPARISONS = ("Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Equal")
 
@@ -50,11 +48,11 @@ def _elementwise(op: str, wide: bool = False):
 
     def rule(x, a, out):
         x = _float32(x) if wide else same_type(x)
-        viewed = [h for h in x if h.view and h.view[0] == "transpose" and h.name is None]
+        viewed = [h for h in x if h.open_view("transpose")]
         if len(viewed) == 1 and all(h is viewed[0] or _is_scalar(h) for h in x):
-            _, parent, permutation = viewed[0].view
-            inner = [parent if h is viewed[0] else h for h in x]
-            return transpose(_emit(op, inner, parent.shape), permutation)
+            view = viewed[0].view
+            inner = [view.parents[0] if h is viewed[0] else h for h in x]
+            return transpose(_emit(op, inner, view.parents[0].shape), view.detail)
         return _emit(op, x, out[0].shape)
 
     return rule
@@ -270,10 +268,11 @@ def _normed(op: str, x, epsilon: float) -> Handle:
     y, *weights = x
     if not weights:
         weights = [constant(np.ones(y.shape[-1]), y.dtype)]
-    if y.view and y.view[0] == "transpose" and y.view[2][-1] == len(y.shape) - 1:
-        _, parent, permutation = y.view
-        normed = emit(op, parent, *weights, shape=parent.shape, axis=-1, epsilon=epsilon)
-        return transpose(normed, permutation)
+    view = y.open_view("transpose")
+    if view and view.detail[-1] == len(y.shape) - 1:
+        inner = view.parents[0]
+        normed = emit(op, inner, *weights, shape=inner.shape, axis=-1, epsilon=epsilon)
+        return transpose(normed, view.detail)
     return emit(op, y, *weights, shape=y.shape, axis=-1, epsilon=epsilon)
 
 
@@ -310,7 +309,7 @@ OPS = {
     "AsType": _as_type,
     "BitwiseBinary": _bitwise,
     "Broadcast": indexing.broadcast,
-    "Concatenate": lambda x, a, out: attention.concatenate(same_type(x), a[0], out[0].shape),
+    "Concatenate": lambda x, a, out: concatenate(same_type(x), a[0], out[0].shape),
     "Convolution": contractions.convolution,
     "Depends": lambda x, a, out: list(x[: len(out)]),
     "DivMod": lambda x, a, out: [_floor_divide(x), _remainder(x)],
@@ -353,7 +352,7 @@ OPS = {
     "Square": lambda x, a, out: emit("Mul", *_float32(x) * 2, shape=out[0].shape),
     "Transpose": lambda x, a, out: transpose(x[0], a[0]),
     "View": _view,
-    "Attention": attention.attention,
+    "Attention": lambda *node: (buffers if current().buffer else attention).attention(*node),
     "GELU": _gelu,
     "LayerNorm": _layer_norm,
     "Linear": contractions.linear,

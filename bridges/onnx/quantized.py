@@ -20,18 +20,9 @@ from ...execute import QUANTISATION_MODES, execute
 from ...graph import Graph, Node, with_outputs
 from ...sizes import instantiate
 from . import contractions
-from .builder import (
-    Handle,
-    Static,
-    cast,
-    constant,
-    current,
-    emit,
-    ints,
-    reshape,
-    tensor,
-    transpose,
-)
+from .builder import Handle, Static, cast, constant, current, emit, tensor
+from .extents import ints
+from .views import reshape, transpose
 
 UINT8 = TensorProto.UINT8
 NOTHING = 1e-6  # of the largest weight: what float32 rounds away

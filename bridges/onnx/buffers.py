@@ -1,0 +1,165 @@
+"""A cache in fixed buffers: past and present are the same memory, and nothing is copied.
+
+com.microsoft.GroupQueryAttention writes new keys and values behind the old ones. Beside the buffers
+it is told how many positions are filled: the input `past_length`, one int64. It also turns queries
+and keys by itself, and takes them and the values from one product. What it asks for: one width of
+heads, a multiple of 8, for queries, keys and values; a mask that is causal, maybe with a window;
+and one sequence, where several tokens follow a past.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from ...errors import InputError
+from ...execute import execute
+from ...graph import with_outputs
+from ...sizes import instantiate, size_named
+from . import attention as plain
+from .builder import INT32, INT64, Builder, Handle, Static, cast, current, emit
+from .extents import ints, number, plus
+from .views import transpose
+
+LENGTH = "past_length"
+CAPACITY = size_named("capacity")
+FAR = 2**16  # windows as wide as this are looked for
+
+
+def attention(x, a, out):
+    scale, causal = a
+    builder, (q, k, v) = current(), x[:3]
+    past_k, new_k, past_v, new_v = plain.parts(k, v)
+    inputs = builder.inputs.values()
+    if past_k not in inputs or past_v not in inputs:
+        raise InputError(_refusal("what it attends to is not the cache and the new tokens alone"))
+    batch, count, length, width = q.shape
+    if width % 8 or out[0].shape[-1] != width:
+        raise InputError(_refusal(f"a width of heads of {width} and {out[0].shape[-1]}"))
+    window = -1 if causal else _window(builder, x[3]) if len(x) > 3 else None
+    if window is None:
+        raise InputError(_refusal("a mask that is not causal"))
+    queries, new_k, tables, interleaved = _unturned(q, new_k)
+    packed = _packed([queries, new_k, new_v])
+    total = plus(length, size_named("past"))
+    last = number(plus(total, -1), INT32)
+    ends = builder.remember(
+        ("ends",), lambda: emit("Expand", last, ints([batch]), shape=(batch,))
+    )
+    results = emit(
+        "GroupQueryAttention", *packed, past_k, past_v, ends, number(total, INT32), *tables,
+        outputs=3, dtype=q.dtype, domain="com.microsoft",
+        shape=[(batch, length, count * width), past_k.shape, past_v.shape],
+        num_heads=count, kv_num_heads=k.shape[1], scale=float(scale), local_window_size=window,
+        do_rotary=int(bool(tables)), rotary_interleaved=interleaved,
+    )  # fmt: skip
+    k.name, v.name = results[1].name, results[2].name
+    return plain.heads_forward(results[0], out[0].shape)
+
+
+def with_buffers(builder: Builder) -> None:
+    """Declare the caches as buffers, and the input that says how far they are filled."""
+    for handle in builder.inputs.values():
+        if handle.name.startswith("past_key_values."):
+            handle.shape = (*handle.shape[:2], CAPACITY, *handle.shape[3:])
+    filled = Handle((1,), INT64, LENGTH)
+    builder.inputs[LENGTH] = filled
+    builder.remember(("named", "past"), lambda: filled)
+
+
+def _refusal(what: str) -> str:
+    return f"cache in buffers: attention with {what} has no rule; export with a cache that grows."
+
+
+def _unturned(q: Handle, k: Handle):
+    """Queries and keys before their turn, and the tables to turn them with; or turned, and none."""
+    views = [h.open_view("rope") for h in (q, k)]
+    if all(views) and views[0].parents[1:] == views[1].parents[1:]:
+        tables = [_table(current(), h) for h in views[0].parents[1:]]
+        if views[0].detail == views[1].detail and all(tables):
+            return views[0].parents[0], views[1].parents[0], tables, int(views[0].detail[1])
+    turned = [plain.turned(v.parents, v.detail) if v else None for v in views]
+    return turned[0] or q, turned[1] or k, [], 0
+
+
+def _packed(x: list[Handle]) -> list[Handle | None]:
+    """One product for all three where they are products of the same input, else each by itself."""
+    flat = [plain.rows(h) for h in x]
+    views = [h.open_view("linear") for h in flat]
+    if not all(views) or len({view.parents[0] for view in views}) != 1:
+        return flat
+    weights = [view.parents[1:] for view in views]
+    if len({len(w) for w in weights}) != 1 or any(h.static.steps for w in weights for h in w):
+        return flat
+    left, builder = views[0].parents[0], current()
+    joined = [_joined(builder, part) for part in zip(*weights, strict=True)]
+    count = joined[0].shape[0]
+    y = emit("MatMul", cast(left, joined[0].dtype), transpose(joined[0], (1, 0)),
+             shape=(*left.shape[:-1], count))  # fmt: skip
+    if joined[1:]:
+        y = emit("Add", y, joined[1], shape=y.shape)
+    return [y, None, None]
+
+
+def _joined(builder: Builder, weights: tuple[Handle, ...]) -> Handle:
+    """Static handles one after the other, along their first axis."""
+    values = [h.static.value for h in weights]
+    name = "+".join(builder.paths.get(v, str(v)) for v in values)
+
+    def make() -> np.ndarray:
+        return mx.concatenate([builder.array(v) for v in values])
+
+    builder.recipes[name] = make
+    shape = (sum(h.shape[0] for h in weights), *weights[0].shape[1:])
+    return Handle(shape, weights[0].dtype, static=Static(name))
+
+
+# ---- what depends on positions alone
+
+
+def _at(builder: Builder, value: int, length: int, past: int) -> np.ndarray | None:
+    """A value of the graph for given sizes, if it depends on nothing else."""
+    part = with_outputs(builder.graph, [value])
+    made = {o for node in part.nodes for o in node.outputs}
+    read = {i for node in part.nodes for i in node.inputs} - made
+    if not read <= builder.graph.constants.keys():
+        return None
+    part = instantiate(part, {"batch": 1, "length": length, "past": past})
+    known = {i: builder.graph.constants[i] for i in read}
+    (array,), _ = execute(part, part.nodes, known, outputs=[value])
+    return np.array(array)
+
+
+def _table(builder: Builder, angles: Handle) -> Handle | None:
+    """Cosines or sines of all positions [buffer, dims / 2], if a row is that of its position."""
+
+    def make() -> Handle | None:
+        value, size = angles.value, builder.buffer
+        table = None if value is None else _at(builder, value, size, 0)
+        if table is None or table.ndim != 2:
+            return None
+        for length, past in ((1, 0), (5, 3), (2, size - 2)):
+            if not np.array_equal(_at(builder, value, length, past), table[past : past + length]):
+                return None
+        name = f"positions.{value}"
+        builder.recipes[name] = lambda: table
+        return Handle(table.shape, builder.type_of(mx.float32), static=Static(name))
+
+    return builder.remember(("table", angles.value), make)
+
+
+def _window(builder: Builder, mask: Handle) -> int | None:
+    """How many keys a query sees, its own among them, if the mask is a causal window."""
+
+    def make() -> int | None:
+        row = None if mask.value is None else _at(builder, mask.value, 1, FAR)
+        if row is None or row.dtype != np.bool_:
+            return None
+        width = int(row.reshape(-1, FAR + 1)[-1].sum())
+        for length, past in ((7, 0), (5, 3), (3, width + 4)):
+            rows, columns = np.arange(length)[:, None] + past, np.arange(length + past)
+            want = (columns <= rows) & (columns > rows - width)
+            got = _at(builder, mask.value, length, past)
+            if got.shape[-2:] != want.shape or not (got == want).all():
+                return None
+        return -1 if width > FAR else width
+
+    return builder.remember(("window", mask.value), make)
