@@ -7,6 +7,7 @@ A rule takes x, the input vars; a, the attributes, in which a size may be open; 
 import numpy as np
 
 from ...errors import InputError
+from ...simplify import broadcast_shape
 from .composites import COMPOSITES
 from .moves import (
     arange,
@@ -27,6 +28,7 @@ from .moves import (
     transpose,
 )
 from .quiet import mb
+from .scope import shape_of
 from .values import NUMPY, alike, cast, constant, ints, is_float, kind, type_of
 
 
@@ -114,8 +116,13 @@ def _equal(x, a, out):
 
 
 def _select(x, a, out):
+    """MIL takes the shape of the two that are chosen from, so one of them must have it."""
     first, second = alike(x[1:])
-    return mb.select(cond=cast(x[0], "bool"), a=first, b=second)
+    condition = cast(x[0], "bool")
+    if broadcast_shape([shape_of(v) for v in x[1:]]) != out[0].shape:
+        zeros = _scaled(cast(condition, type_of(ints(first))), 0)
+        first = cast(mb.add(x=ints(first), y=zeros), type_of(first))
+    return mb.select(cond=condition, a=first, b=second)
 
 
 def _matmul(x, a, out):

@@ -6,6 +6,24 @@ from pathlib import Path
 
 from .quiet import Program, ct, no_progress
 
+# Of coremltools' passes those that find anything in what the rules write: each costs a check of the
+# whole program. Names and casts come last, and what is dead goes after each group.
+PASSES = [
+    f"common::{name}"
+    for name in (
+        "cast_optimization", "noop_elimination", "const_elimination",
+        "sanitize_input_output_names", "divide_to_multiply", "select_optimization",
+        "const_deduplication", "fuse_matmul_weight_bias", "compose_conv1d",
+        "merge_consecutive_paddings", "fuse_pad_conv", "reduce_transposes",
+        "fuse_elementwise_to_batchnorm", "fuse_conv_batchnorm", "fuse_conv_scale",
+        "fuse_conv_bias", "merge_consecutive_reshapes", "merge_consecutive_transposes",
+        "fuse_transpose_matmul", "expand_high_rank_reshape_and_transpose", "remove_redundant_ops",
+        "guard_negative_gather_indices", "dead_code_elimination", "cast_optimization",
+        "const_elimination", "canonicalize_inplace_pattern", "prefer_state_in_downstream",
+        "expand_dynamic_linear", "const_deduplication", "noop_elimination",
+        "dedup_op_and_var_names", "topological_reorder", "dead_code_elimination",
+    )
+]  # fmt: skip
 SPEC = Path("Data/com.apple.CoreML/model.mlmodel")
 
 
@@ -20,6 +38,7 @@ def write_package(program: Program, path: Path, *, inputs: list, target) -> None
             minimum_deployment_target=target,
             inputs=inputs,
             compute_precision=ct.precision.FLOAT32,  # the types are chosen already
+            pass_pipeline=ct.PassPipeline(PASSES, pipeline_name="mlx_compress"),
             skip_model_load=True,
             package_dir=str(path),
         )
