@@ -12,7 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from .axes import Dimension, NamedAxes
-from .calibrate import Contraction, Moments, Statistics, check_parameter, consumers
+from .calibrate import Moments, Statistics, check_parameter
+from .contractions import Contraction, consumers
 from .errors import InputError
 from .stream import Fetch
 

@@ -9,7 +9,8 @@ import plain
 import tiny
 from mlx_compress import stream
 from mlx_compress.axes import named_axes
-from mlx_compress.calibrate import calibrate, consumers, contractions
+from mlx_compress.calibrate import calibrate
+from mlx_compress.contractions import consumers, contractions
 from mlx_compress.errors import InputError
 from mlx_compress.graph import trace
 

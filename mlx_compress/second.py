@@ -1,0 +1,97 @@
+"""Second moments X^T X at the input of a contraction, of two halves of the data.
+
+The rows of X are tokens; for a convolution they are the patches that its kernel meets, with a
+column for each channel at each position. Where experts are picked, each has its own.
+"""
+
+import itertools
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .graph import Graph, Node
+
+WIDEST = 2**14  # a contraction over more slots keeps no second moments
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution takes patches: per spatial axis, in MLX's words."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+def window_of(graph: Graph, node: Node) -> Window | None:
+    """The window of a plain convolution; None for a grouped or transposed one."""
+    if node.op != "Convolution":
+        return None
+    stride, low, high, dilation, spread, groups, flip = node.attributes
+    if groups != 1 or flip or any(n != 1 for n in spread):
+        return None
+    kernel = graph.values[node.inputs[1]].shape[1:-1]
+    return Window(tuple(kernel), *map(tuple, (stride, low, high, dilation)))
+
+
+def patches(value: mx.array, window: Window | None) -> mx.array:
+    """The rows of X: [..., n] flattened, or for [N, *space, C] [rows, positions * C]."""
+    if window is None:
+        return value.reshape(-1, value.shape[-1])
+    pads = [(0, 0), *zip(window.low, window.high, strict=True), (0, 0)]
+    padded = mx.pad(value, pads)
+    places = []
+    for offset in itertools.product(*map(range, window.kernel)):
+        cut = [slice(None)]
+        for k, start in enumerate(offset):
+            reach = (window.kernel[k] - 1) * window.dilation[k]
+            first = start * window.dilation[k]
+            cut.append(slice(first, padded.shape[k + 1] - reach + first, window.stride[k]))
+        places.append(padded[tuple(cut)])
+    return mx.concatenate(places, axis=-1).reshape(-1, len(places) * value.shape[-1])
+
+
+class SecondMoments:
+    """Adds batches up; a place's sums go to `held` when the last batch of a pass has come."""
+
+    def __init__(self, held: MutableMapping[tuple, np.ndarray], places: Mapping[tuple, object]):
+        self.held, self.places = held, dict(places)
+        self.sums: dict[tuple, np.ndarray] = {}
+
+    def add(self, place, value: mx.array, index, *, last: bool) -> None:
+        """`index` is (rows, experts) of a routed product, as in `calibrate`."""
+        key = place.second_key
+        batch = self._of(place, value.astype(mx.float32), index)
+        if batch is None:
+            return
+        self.sums[key] = self.sums[key] + batch if key in self.sums else batch
+        if last:
+            total = self.sums.pop(key)
+            self.held[key] = self.held[key] + total if key in self.held else total
+
+    def _of(self, place, value: mx.array, index) -> np.ndarray | None:
+        rows, experts = index
+        if experts is not None:
+            return self._routed(place, value, rows, experts)
+        x = patches(value, place.window)
+        return None if x.shape[1] > WIDEST else _halves(x)
+
+    def _routed(self, place, value: mx.array, rows, experts) -> np.ndarray:
+        flat = value.reshape(-1, *value.shape[-2:])
+        picked = (flat if rows is None else flat[rows.reshape(-1)]).reshape(-1, value.shape[-1])
+        whose = np.repeat(np.array(experts).reshape(-1), value.shape[-2])
+        count = sum(dim.size for dim in place.expert_axis)
+        each = [_halves(picked[mx.array(np.flatnonzero(whose == e))]) for e in range(count)]
+        return np.stack(each, axis=1)
+
+
+def _halves(x: mx.array) -> np.ndarray:
+    """X^T X of the first and of the second half of the rows, float64 [2, n, n]."""
+    middle = x.shape[0] // 2
+    parts = [part.T @ part for part in (x[:middle], x[middle:])]
+    mx.eval(parts)
+    return np.stack([np.array(part, dtype=np.float64) for part in parts])
