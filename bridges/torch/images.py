@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .aten import ELEMENTWISE, pad
+from .aten import pad
+from .aten_entries import ELEMENTWISE
 from .aten_layers import IMAGES
 
 REDUCTIONS = frozenset(("sum", "mean", "amax", "amin", "prod", "var"))

@@ -296,6 +296,11 @@ def _check_operators(nodes) -> None:
         for n in calls
         if n.target is operator.getitem and n.args[1] and _name(n.args[0])[0] in FIRST_ONLY
     }
+    missing |= {
+        f"aten.{_name(n)[1]} of a view"
+        for n in calls
+        if _name(n)[0] == "as_strided" and not n.args[0].meta["val"].is_contiguous()
+    }
     if missing:
         raise InputError(f"torch program: no rule for {', '.join(sorted(missing))}.")
 

@@ -128,19 +128,34 @@ def _scatter(x, a, out):
     """Updates [indices..., window...], put where the indices say that each window starts."""
     code, axes = a
     source, starts, updates = x[0], [s.long() for s in x[1:-1]], x[-1]
-    if code not in (2, 4):
-        raise InputError("Scatter that takes the maximum, minimum or product has no rule.")
     lead, order = updates.ndim - source.ndim, [*axes]
     order += [k for k in range(source.ndim) if k not in axes]
     updates = updates.permute([*range(lead), *(lead + k for k in order)])
     spans = [torch.arange(n, device=source.device) for n in updates.shape[lead : lead + len(axes)]]
     steps = torch.meshgrid(*spans, indexing="ij")
-    where = tuple(
+    where = [
         start.reshape([*start.shape, *[1] * len(axes)]) + step
         for start, step in zip(starts, steps, strict=True)
-    )
-    moved = source.permute(order).index_put(where, updates, accumulate=code == 2)
+    ]
+    moved = source.permute(order)
+    if code in REDUCED:
+        moved = _scatter_reduce(moved, where, updates, REDUCED[code])
+    else:
+        moved = moved.index_put(where, updates, accumulate=code == 2)
     return moved.permute([order.index(k) for k in range(source.ndim)])
+
+
+REDUCED = {0: "amax", 1: "amin", 3: "prod"}
+
+
+def _scatter_reduce(source, where, updates, how: str):
+    """Rows of the leading axes are numbered through, so that repeated ones count each time."""
+    row, count = torch.zeros((), dtype=torch.long, device=source.device), 1
+    for index, n in zip(where, source.shape, strict=False):
+        row, count = row * n + wrapped(index, n), count * n
+    row = row.reshape(-1, 1)
+    rows, updates = source.reshape(count, -1), updates.reshape(row.shape[0], -1)
+    return rows.scatter_reduce(0, row.expand(updates.shape), updates, how).reshape(source.shape)
 
 
 def _gather_mm(x, a, out):
@@ -241,8 +256,7 @@ def _stretched(data, dilation):
     """Put zeros between the entries of each spatial axis."""
     for k, gap in enumerate(dilation, start=2):
         if gap > 1:
-            widths = [0, 0] * (data.ndim - k) + [0, gap - 1]
-            apart = F.pad(data.unsqueeze(k + 1), widths[: 2 * (data.ndim - k)])
+            apart = F.pad(data.unsqueeze(k + 1), [0, 0] * (data.ndim - k - 1) + [0, gap - 1])
             data = apart.flatten(k, k + 1).narrow(k, 0, (data.shape[k] - 1) * gap + 1)
     return data
 
