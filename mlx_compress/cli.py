@@ -4,6 +4,7 @@ Exit codes: 0 ok, 2 usage or bad input, 3 a check or gate failed, 4 not enough m
 Nothing heavy is imported before a command runs, so `--help` answers at once.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -224,7 +225,7 @@ def export_model(
         str | None,
         typer.Option(
             "--sizes", metavar="LIST",
-            help="Such as batch=1,length=128: where a target cannot leave them open.",
+            help="Such as batch=1,length=1..512, where a target cannot leave them open.",
         ),
     ] = None,
     no_cache: Annotated[
@@ -313,11 +314,15 @@ def _names(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _sizes(text: str | None) -> dict[str, int]:
-    pairs = [part.partition("=") for part in (text or "").split(",") if part.strip()]
-    if not all(name.strip() and value.strip().isdigit() for name, _, value in pairs):
-        raise InputError(f"--sizes {text}: write it as batch=1,length=128.")
-    return {name.strip(): int(value) for name, _, value in pairs}
+def _sizes(text: str | None) -> dict[str, int | tuple[int, int]]:
+    found = {}
+    for part in (part for part in (text or "").split(",") if part.strip()):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)(?:\.\.(\d+))?\s*", part)
+        if match is None:
+            raise InputError(f"--sizes {text}: write it as batch=1,length=1..512.")
+        name, low, high = match.groups()
+        found[name] = int(low) if high is None else (int(low), int(high))
+    return found
 
 
 def _target(text: str) -> float:

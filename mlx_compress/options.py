@@ -13,6 +13,7 @@ LAYER_KINDS = ("layers", "attention", "mlp")
 EXPORTS = ("onnx", "coreml", "torch", "mlxfn")
 QUANTIZE = ("int4", "int8", "dynamic", "static")
 DTYPES = ("float32", "float16")
+SMALL = 8  # tokens
 IMPORTANCES = ("random", "magnitude", "activation", "wanda", "taylor")
 
 
@@ -72,13 +73,14 @@ class ExportOptions:
 
     `dtype` is that of weights and arithmetic. `quantize`: int4 and int8 are MLX's affine groups of
     weights; dynamic and static are ONNX Runtime's int8 arithmetic. `sizes` fix what a target
-    cannot leave open, or bound it. `group_size` is that of int4 and int8.
+    cannot leave open, by a number, or bound it, by the least and the largest. `group_size` is
+    that of int4 and int8.
     """
 
     dtype: str = "float32"
     quantize: str | None = None
     group_size: int = 64
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
     minimum_deployment_target: str = "iOS18"
     compute_units: str = "ALL"
     stateful: bool = False
@@ -88,6 +90,12 @@ class ExportOptions:
         among("--dtype", (self.dtype,), DTYPES)
         if self.quantize is not None:
             among("--quantize", (self.quantize,), QUANTIZE)
+
+    @property
+    def example(self) -> dict[str, int]:
+        """The sizes to compare at: of a range, a small one that lies in it."""
+        return {n: s if isinstance(s, int) else min(max(s[0], SMALL), s[1])
+                for n, s in self.sizes.items()}  # fmt: skip
 
 
 def among(flag: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:

@@ -24,12 +24,12 @@ def export_model(
 ) -> list[Export]:  # fmt: skip
     """Export to every target, each into a new folder of its own, and tell of it."""
     check_places(places, options)
-    program = open_program(model, cached=cached, sizes=options.sizes, trust_remote_code=trust)
+    program = open_program(model, cached=cached, sizes=options.example, trust_remote_code=trust)
     _check_sizes(program, options)
     source = Path(model).expanduser()
     has_tokenizer = any((source / name).is_file() for name in TOKENIZERS)
     tokenizer = load_tokenizer(source, trust_remote_code=trust) if has_tokenizer else None
-    cases = parity_cases(program, tokenizer, data, sizes=options.sizes, seed=options.seed)
+    cases = parity_cases(program, tokenizer, data, sizes=options.example, seed=options.seed)
     done = []
     for target, place in places.items():
         with err.status(f"exporting to {target}"):

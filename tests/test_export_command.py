@@ -182,7 +182,7 @@ def test_real_inputs_come_from_an_npz(call, pt2, tmp_path):
         (("--to", "torch", "--quantize", "dynamic"), ("--quantize dynamic", "not for torch")),
         (("--to", "torch", "--quantize", "int3"), ("--quantize int3", "choose from int4, int8")),
         (("--to", "torch", "--dtype", "bf16"), ("--dtype bf16", "float32, float16")),
-        (("--to", "mlxfn", "--sizes", "length"), ("--sizes length", "batch=1,length=128")),
+        (("--to", "mlxfn", "--sizes", "length"), ("--sizes length", "batch=1,length=1..512")),
         (("--to", "mlxfn", "--sizes", "width=3"), ("--sizes width", "batch, length, past")),
     ],
 )
