@@ -22,17 +22,31 @@ from pathlib import Path
 
 from ...errors import InputError
 from ...program import Program
+from ...quantize import quantize_program
 from ...sizes import size_named
-from .build import Plan, build, features
-from .package import describe, write_package
+from .build import Plan, build, feature_name, features
+from .package import describe, palettize, write_package
 from .prepare import prepare
 from .quiet import ct
+from .run import UNITS
 from .scope import IOS18
 from .spans import Span, Spans
 from .state import TOTAL, by_total, with_states
 
 FLOATS = {"float16": "fp16", "float32": "fp32"}
-UNITS = ("ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE")
+QUANTIZE = {
+    "int4": ("int", 4), "int8": ("int", 8),
+    **{f"palette{bits}": ("palette", bits) for bits in (2, 4, 6, 8)},
+}  # fmt: skip
+ROLES = {
+    "input_ids": "Token ids",
+    "causal_mask": "Its shape alone is read: new tokens by all tokens so far",
+    "past_key_values": "Keys or values of the tokens so far",
+    "present": "Keys or values with those of the new tokens",
+    "logits": "Scores of each next token",
+    "key_cache": "Keys of all layers, kept in the model",
+    "value_cache": "Values of all layers, kept in the model",
+}
 
 
 @dataclass(frozen=True)
@@ -53,35 +67,59 @@ def export_coreml(
     stateful: bool = False,
     context: int = 2048,
     quantize: str | None = None,
+    group_size: int = 64,
     minimum_deployment_target: str = "iOS18",
     compute_units: str = "ALL",
     metadata: Mapping[str, str] | None = None,
 ) -> Package:
     """Write `program` to `path`, a folder `*.mlpackage` that must not exist yet.
 
-    `metadata` may hold author, license, short_description and version; other entries are kept as
-    they are, beside the program's own. Raises `InputError` for what Core ML cannot hold: a
-    primitive with no rule, an array of more than five axes, sizes that do not fit; nothing is
-    left behind then.
+    Weights that MLX has quantised stay so. `quantize` packs the others: int4 and int8 in MLX's
+    groups of `group_size`, palette2, 4, 6 and 8 as tables of so many bits. `metadata` may hold
+    author, license, short_description and version; other entries are kept as they are, beside the
+    program's own. Raises `InputError` for what Core ML cannot hold: a primitive with no rule, an
+    array of more than five axes, sizes that do not fit; nothing is left behind then.
     """
     path = checked_path(path)
     target = _choice("minimum_deployment_target", minimum_deployment_target, _targets())
     floats = _choice("dtype", dtype, FLOATS)
     _choice("compute_units", compute_units, dict.fromkeys(UNITS, True))
-    if stateful and target.value < IOS18:
-        raise InputError(f"states need iOS18 or macOS15; {minimum_deployment_target} has none.")
+    how, bits = _choice("quantize", quantize, QUANTIZE) if quantize else (None, 0)
+    if target.value < IOS18 and (stateful or quantize):
+        raise InputError(
+            f"{minimum_deployment_target}: states and packed weights need iOS18 or macOS15."
+        )
+    notes: list[str] = []
+    if how == "int":
+        program, notes = quantize_program(program, bits=bits, group_size=group_size)
     spans = _spans(program, shapes or {}, context if stateful else None)
     plan = _plan(program, spans, floats, context if stateful else None)
-    about = {**program.metadata, "compute_units": compute_units, **(metadata or {})}
     with _temporary(path) as folder:
-        built, notes = build(
+        built, more = build(
             plan, program.fetch, symbols=spans.symbols, floats=floats, target=target
         )
-        inputs = spans.tensor_types(plan.inputs.values())
-        write_package(built, folder / path.name, inputs=inputs, target=target)
-        describe(folder / path.name, about, {})
-        (folder / path.name).rename(path)
-    return Package(path, folder_bytes(path), tuple(notes))
+        package = folder / path.name
+        write_package(
+            built, package, inputs=spans.tensor_types(plan.inputs.values()), target=target
+        )
+        if how == "palette":
+            palettize(package, bits)
+        record = {"dtype": dtype, "quantize": quantize or "", "compute_units": compute_units}
+        describe(package, {**record, **program.metadata, **(metadata or {})}, _words(plan))
+        package.rename(path)
+    return Package(path, folder_bytes(path), (*notes, *more))
+
+
+def _words(plan: Plan) -> dict[str, str]:
+    """What each input, output and state is, by name."""
+    axes = {f.name: ", ".join(map(str, f.shape)) for f in plan.inputs.values()}
+    for number, name in zip(plan.graph.outputs, plan.outputs, strict=True):
+        axes[feature_name(name)] = ", ".join(map(str, plan.graph.values[number].shape))
+    axes |= {name: ", ".join(map(str, shape)) for name, shape in plan.states.items()}
+    return {
+        name: f"{next((w for start, w in ROLES.items() if name.startswith(start)), '')} [{sizes}]"
+        .strip() for name, sizes in axes.items()
+    }  # fmt: skip
 
 
 def _spans(program: Program, asked: Mapping[str, Span], context: int | None) -> Spans:

@@ -1,7 +1,9 @@
 """Write a MIL program as an .mlpackage, and what it says about itself."""
 
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from .quiet import Program, ct, no_progress
@@ -25,13 +27,12 @@ PASSES = [
     )
 ]  # fmt: skip
 SPEC = Path("Data/com.apple.CoreML/model.mlmodel")
+WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
 
 
 def write_package(program: Program, path: Path, *, inputs: list, target) -> None:
     """Run coremltools' passes over `program`, which is used up, and write the package."""
-    with no_progress(), warnings.catch_warnings():
-        # coremltools leaves its temporary folder to the garbage collector.
-        warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)
+    with _silenced():
         ct.convert(
             program,
             convert_to="mlprogram",
@@ -52,8 +53,28 @@ FIELDS = {
 }
 
 
+def palettize(path: Path, bits: int) -> None:
+    """Put a table of 2**bits numbers, found by k-means, in place of each large weight."""
+    config = ct.optimize.coreml.OpPalettizerConfig(mode="kmeans", nbits=bits)
+    with _silenced():
+        opened = ct.models.MLModel(str(path), skip_model_load=True)
+        smaller = ct.optimize.coreml.palettize_weights(
+            opened, ct.optimize.coreml.OptimizationConfig(global_config=config)
+        )
+        shutil.rmtree(path)
+        smaller.save(str(path))
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    with no_progress(), warnings.catch_warnings():
+        # coremltools leaves its temporary folder to the garbage collector.
+        warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)
+        yield
+
+
 def describe(path: Path, metadata: Mapping[str, str], features: Mapping[str, str]) -> None:
-    """Put metadata and the descriptions of inputs and outputs into a package."""
+    """Put metadata into a package, and the descriptions of inputs, outputs and states by name."""
     spec = ct.utils.load_spec(str(path))
     about = spec.description.metadata
     for key, text in metadata.items():
