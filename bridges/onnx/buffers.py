@@ -15,9 +15,8 @@ from ...execute import execute
 from ...graph import with_outputs
 from ...sizes import instantiate, size_named
 from . import attention as plain
-from .builder import INT32, INT64, Builder, Handle, Static, cast, current, emit
+from .builder import INT32, INT64, Builder, Handle, Static, current, emit
 from .extents import ints, number, plus
-from .views import transpose
 
 LENGTH = "past_length"
 CAPACITY = size_named("capacity")
@@ -83,31 +82,23 @@ def _unturned(q: Handle, k: Handle):
 def _packed(x: list[Handle]) -> list[Handle | None]:
     """One product for all three where they are products of the same input, else each by itself."""
     flat = [plain.rows(h) for h in x]
-    views = [h.open_view("linear") for h in flat]
-    if not all(views) or len({view.parents[0] for view in views}) != 1:
+    views = [h.open_view("product") for h in flat]
+    if not all(views) or len({(view.parents[0], view.detail) for view in views}) != 1:
         return flat
     weights = [view.parents[1:] for view in views]
-    if len({len(w) for w in weights}) != 1 or any(h.static.steps for w in weights for h in w):
+    if len({len(w) for w in weights}) != 1:
         return flat
-    left, builder = views[0].parents[0], current()
-    joined = [_joined(builder, part) for part in zip(*weights, strict=True)]
-    count = joined[0].shape[0]
-    y = emit("MatMul", cast(left, joined[0].dtype), transpose(joined[0], (1, 0)),
-             shape=(*left.shape[:-1], count))  # fmt: skip
-    if joined[1:]:
-        y = emit("Add", y, joined[1], shape=y.shape)
-    return [y, None, None]
+    left, (rule, a) = views[0].parents[0], views[0].detail
+    joined = [_joined(current(), part) for part in zip(*weights, strict=True)]
+    shape = (*left.shape[:-1], joined[0].shape[0])
+    return [rule([left, *joined], a, shape), None, None]
 
 
 def _joined(builder: Builder, weights: tuple[Handle, ...]) -> Handle:
     """Static handles one after the other, along their first axis."""
     values = [h.static.value for h in weights]
     name = "+".join(builder.paths.get(v, str(v)) for v in values)
-
-    def make() -> np.ndarray:
-        return mx.concatenate([builder.array(v) for v in values])
-
-    builder.recipes[name] = make
+    builder.recipes[name] = lambda: mx.concatenate([builder.array(v) for v in values])
     shape = (sum(h.shape[0] for h in weights), *weights[0].shape[1:])
     return Handle(shape, weights[0].dtype, static=Static(name))
 

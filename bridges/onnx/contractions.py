@@ -5,6 +5,8 @@ weight only where it is an input of MatMul itself. A table that is read as a wei
 embedding) stays as it lies, and Gemm reads it transposed.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ...errors import InputError
@@ -39,21 +41,30 @@ def _is_tied(weight: Handle) -> bool:
 
 def _by_gemm(left: Handle, table: Handle, shape: tuple) -> Handle:
     """`left` [..., in] times the transposed of `table` [out, in]."""
+    if current().buffer:  # for ONNX Runtime alone, which has a shorter way
+        return emit("FusedMatMul", left, table, shape=shape, transB=1, domain="com.microsoft")
     rows = reshape(left, (times(*left.shape[:-1]), left.shape[-1]))
     y = emit("Gemm", rows, table, shape=(rows.shape[0], table.shape[0]), transB=1)
     return reshape(y, shape)
 
 
 def linear(x, a, out):
+    return joinable(_linear, x, a, out[0].shape)
+
+
+def joinable(rule: Callable, x, a, shape: tuple) -> Handle:
+    """`rule(x, a, shape)`, a product whose weights hold a row for each output.
+
+    Attention on buffers takes three of them as one, where it can.
+    """
     if not current().buffer or any(h.static is None or h.static.steps for h in x[1:]):
-        return _linear(x, out)
-    # Attention on buffers takes its three products as one, where it can.
-    return lazily("linear", tuple(x), (), lambda: _linear(x, out), out[0].shape)
+        return rule(x, a, shape)
+    return lazily("product", tuple(x), (rule, a), lambda: rule(x, a, shape), shape)
 
 
-def _linear(x, out) -> Handle:
-    y = product(x[0], transpose(x[1], (1, 0)), out[0].shape)
-    return y if len(x) < 3 else emit("Add", y, cast(x[2], y.dtype), shape=out[0].shape)
+def _linear(x, a, shape: tuple) -> Handle:
+    y = product(x[0], transpose(x[1], (1, 0)), shape)
+    return y if len(x) < 3 else emit("Add", y, cast(x[2], y.dtype), shape=shape)
 
 
 def add_matmul(x, a, out):

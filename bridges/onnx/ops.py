@@ -27,7 +27,7 @@ from .builder import (
     emit,
 )
 from .extents import ints, number
-from .views import concatenate, reshape, transpose
+from .views import concatenate, lazily, reshape, transpose
 
 COMPARISONS = ("Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Equal")
 
@@ -254,8 +254,25 @@ def _hadamard(x, a, out):
     return emit("MatMul", x[0], constant(np.array(matrix), x[0].dtype), shape=out[0].shape)
 
 
+def _add(x, a, out):
+    add = _elementwise("Add")
+    if not current().buffer or any(h.shape != out[0].shape for h in x):
+        return add(x, a, out)
+    return lazily("add", tuple(same_type(x)), (), lambda: add(x, a, out), out[0].shape)
+
+
 def _rms_norm(x, a, out):
-    return _normed("RMSNormalization", x, a[0])
+    """Together with the sum that it norms, where cached attention makes ONNX Runtime a must."""
+    view = x[0].open_view("add")
+    if view is None or len(x) < 2:
+        return _normed("RMSNormalization", x, a[0])
+    results = emit(
+        "SkipSimplifiedLayerNormalization", *view.parents, cast(x[1], x[0].dtype), outputs=4,
+        shape=[x[0].shape] * 4, domain="com.microsoft", epsilon=a[0],
+    )  # fmt: skip
+    current().nodes[-1].output[1:3] = ["", ""]
+    x[0].name = results[3].name
+    return results[0]
 
 
 def _layer_norm(x, a, out):
@@ -285,7 +302,7 @@ def _silu(x, a, out):
 
 
 SAME = {
-    "Abs": "Abs", "Add": "Add", "ArcCos": "Acos", "ArcCosh": "Acosh", "ArcSin": "Asin",
+    "Abs": "Abs", "ArcCos": "Acos", "ArcCosh": "Acosh", "ArcSin": "Asin",
     "ArcSinh": "Asinh", "ArcTan": "Atan", "ArcTanh": "Atanh", "Ceil": "Ceil", "Cos": "Cos",
     "Cosh": "Cosh", "Divide": "Div", "Erf": "Erf", "Floor": "Floor", "Greater": "Greater",
     "GreaterEqual": "GreaterOrEqual", "Less": "Less", "LessEqual": "LessOrEqual",
@@ -301,6 +318,7 @@ OPS = {
         lambda x, a, out: reshape(x[0], out[0].shape),
     ),
     **dict.fromkeys(("Copy", "Contiguous", "StopGradient"), lambda x, a, out: x[0]),
+    "Add": _add,
     "AddMM": contractions.add_matmul,
     "Arange": _arange,
     "ArgPartition": lambda x, a, out: _sorted(x, a[1])[1],

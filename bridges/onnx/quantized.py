@@ -36,18 +36,23 @@ def matmul(x, a, out):
         weight = _plain(x[1:], a)
         turned = transpose(weight, _last_two(weight)) if transposed else weight
         return contractions.product(x[0], turned, out[0].shape)
+    return contractions.joinable(_by_blocks, x, (group, bits), out[0].shape)
+
+
+def _by_blocks(x, a, shape: tuple) -> Handle:
+    group, bits = a
     codes, scales, zeros, rest = _blocks(x[1:], group, bits)
     left = x[0] if x[0].dtype == scales.dtype else cast(x[0], scales.dtype)
-    count, width = weight.shape[0], left.shape[-1]
+    count, width = codes.shape[0], left.shape[-1]
     y = emit(
-        "MatMulNBits", left, codes, scales, zeros, shape=out[0].shape, domain="com.microsoft",
+        "MatMulNBits", left, codes, scales, zeros, shape=shape, domain="com.microsoft",
         K=width, N=count, bits=_container(bits), block_size=group,
         accuracy_level=current().accuracy_level,
     )  # fmt: skip
     if rest is None:
         return y
     sums = _group_sums(left, group)
-    return emit("Add", y, emit("MatMul", sums, transpose(rest, (1, 0))), shape=out[0].shape)
+    return emit("Add", y, emit("MatMul", sums, transpose(rest, (1, 0))), shape=shape)
 
 
 def _group_sums(left: Handle, group: int) -> Handle:
@@ -95,7 +100,8 @@ def _plain(parts: Sequence[Handle], a: tuple) -> Handle:
 
 def _name(handle: Handle) -> str:
     value = handle.static.value
-    return current().paths.get(value) or f"value.{value}"
+    name = current().paths.get(value, value)
+    return name if isinstance(name, str) else f"value.{name}"
 
 
 def _require_static(parts: Sequence[Handle]) -> None:
