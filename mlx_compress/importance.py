@@ -6,7 +6,7 @@ dimension that is chosen anew within another.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +15,8 @@ from .axes import Dimension, NamedAxes
 from .calibrate import Moments, Statistics, check_parameter
 from .contractions import Contraction, consumers
 from .errors import InputError
+from .osscar import removal_costs
+from .second import as_matrices
 from .stream import Fetch
 
 Scores = dict[str, np.ndarray]
@@ -73,7 +75,7 @@ def wanda(sources: Sources) -> Scores:
         if place.weight is None:
             return norm
         if place.weight not in weights:
-            weights[place.weight] = _absolute_sums(sources, place)
+            weights[place.weight] = _weight_sums(sources, place, mx.abs)
         return weights[place.weight] * norm
 
     return _over_contractions(sources, score, each_weight=True)
@@ -89,15 +91,88 @@ def taylor(sources: Sources) -> Scores:
     return _over_contractions(sources, lambda place, held: held.taylor)
 
 
+def fisher(sources: Sources) -> Scores:
+    """Sum over sequences of (x * dL/dx)^2: the second-order term, by the diagonal of the Fisher.
+
+    Optimal Brain Damage with gradients squared for curvature: LeCun et al., 1989; Molchanov et
+    al., 2019, https://arxiv.org/abs/1906.10771.
+    """
+    return _over_contractions(sources, lambda place, held: held.fisher)
+
+
+def fluctuation(sources: Sources) -> Scores:
+    """Var(x) * ||W||^2 over the weights W that read the slot: what a constant cannot stand in for.
+
+    FLAP: An et al., 2024, https://arxiv.org/abs/2312.11983.
+    """
+    weights = {}
+
+    def score(place: Contraction, held: Moments) -> np.ndarray:
+        if place.weight is None:
+            return held.variance
+        if place.weight not in weights:
+            weights[place.weight] = _weight_sums(sources, place, mx.square)
+        return weights[place.weight] * held.variance
+
+    return _over_contractions(sources, score, each_weight=True)
+
+
+def osscar(sources: Sources) -> Scores:
+    """What is lost by the time a unit is removed, cheapest first, the others making up for it.
+
+    See `osscar.py`. A dimension whose inputs keep no second moments scores by `wanda`.
+    """
+    named, second = sources.named, sources.statistics.second
+    out, plain = {}, []
+    by_dim = consumers(named, [d.name for d in sources.dims])
+    for d in sources.dims:
+        places = [p for p in by_dim[d.name] if p.layout and p.weight and p.second_key in second]
+        if len(places) != len(by_dim[d.name]) or not places:
+            plain.append(d)
+            continue
+        out[d.name] = sum(_removal_costs(sources, d, place) for place in places)
+    return out | (wanda(replace(sources, dims=tuple(plain))) if plain else {})
+
+
+def _removal_costs(sources: Sources, dim: Dimension, place: Contraction) -> np.ndarray:
+    path = place.weight[0]
+    array = sources.fetch([path])[path].astype(mx.float32)
+    check_parameter(path, array)
+    weights, each = as_matrices(array, place, sources.statistics.second[place.second_key])
+    units = _flat_units(sources.named, dim, place)
+    patches = weights.shape[1] // len(units)
+    costs = [
+        removal_costs(weight, moments.sum(axis=0), np.tile(units, patches))
+        for weight, moments in zip(weights, each, strict=True)
+    ]
+    inside = dim.within in (sources.named.units_along(place.axis) if dim.within else ())
+    total = np.stack(costs) if place.leading and dim.within and not inside else sum(costs)
+    return total.reshape(_shape(sources.named, dim))
+
+
+def _flat_units(named: NamedAxes, dim: Dimension, place: Contraction) -> np.ndarray:
+    """The unit of each slot; of a dimension chosen within another on this axis, counted through."""
+    here = named.units_along(place.axis)
+    units = here[dim.name]
+    if dim.within in here:
+        outer = here[dim.within]
+        units = np.where((units >= 0) & (outer >= 0), outer * dim.size + units, -1)
+    return units
+
+
 CRITERIA: dict[str, Callable[[Sources], Scores]] = {
     "random": random,
     "magnitude": magnitude,
     "activation": activation,
     "wanda": wanda,
+    "fluctuation": fluctuation,
+    "fisher": fisher,
     "taylor": taylor,
+    "osscar": osscar,
 }
-NEEDS_DATA = {"activation", "wanda", "taylor"}
-NEEDS_GRADIENTS = {"taylor"}
+NEEDS_DATA = CRITERIA.keys() - {"random", "magnitude"}
+NEEDS_GRADIENTS = {"fisher", "taylor"}
+NEEDS_SECOND = {"osscar"}
 
 
 def unit_sums(
@@ -189,12 +264,12 @@ def _placed(named: NamedAxes, dim: Dimension, place: Contraction, array: np.ndar
     return axes, array.sum(axis=0)
 
 
-def _absolute_sums(sources: Sources, place: Contraction) -> np.ndarray:
-    """Sum of |W| for each slot of the contracted axis: [n], or [experts, n]."""
+def _weight_sums(sources: Sources, place: Contraction, of: Callable) -> np.ndarray:
+    """Sum of `of(W)` for each slot of the contracted axis: [n], or [experts, n]."""
     path, axis = place.weight
     weight = sources.fetch([path])[path].astype(mx.float32)
     check_parameter(path, weight)
-    weight = mx.abs(weight)
+    weight = of(weight)
     keep = {axis, 0} if place.experts is not None else {axis}
     rest = [k for k in range(weight.ndim) if k not in keep]
     return np.array(weight.sum(axis=rest) if rest else weight, dtype=np.float64)

@@ -14,7 +14,10 @@ EXPORTS = ("onnx", "coreml", "torch", "mlxfn")
 QUANTIZE = ("int4", "int8", "dynamic", "static")
 DTYPES = ("float32", "float16")
 SMALL = 8  # tokens
-IMPORTANCES = ("random", "magnitude", "activation", "wanda", "taylor")
+IMPORTANCES = (
+    "auto", "random", "magnitude", "activation", "wanda", "fluctuation", "fisher", "taylor",
+    "osscar",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Options:
 
     `pruning_ratio` is the fraction of units removed along each prunable dimension, `params` the
     fraction of block parameters (all but embeddings and head) to keep; one of the two is given.
+    `importance` auto tries every criterion and judges on held-out calibration text. With `refit`
+    the weights that read what is removed are fitted anew (`refit.py`), where there is text.
     `dims` are the kinds of dimension to prune, `ignored_layers` glob patterns of dimension or
     parameter names to leave alone, `round_to` a step for the counts that are kept.
     Calibration reads `calibration_samples` windows of `max_seq_length` tokens, evaluation
@@ -31,7 +36,8 @@ class Options:
 
     pruning_ratio: float | None = None
     params: float | None = None
-    importance: str = "taylor"
+    importance: str = "auto"
+    refit: bool = True
     dims: tuple[str, ...] = ("channels", "heads")
     ignored_layers: tuple[str, ...] = ()
     round_to: int = 1

@@ -36,6 +36,7 @@ from .checkpoint import (
     write_record,
     write_weights,
 )
+from .choice import Verdict
 from .edit import edit_graph
 from .errors import InputError
 from .expressible import fitted_config, snap
@@ -43,9 +44,18 @@ from .importance import NEEDS_DATA
 from .layers import dropped_parameters, renamed_paths, settled, without
 from .options import KINDS, Options
 from .plan import PrunePlan, describe
-from .prune import Cutter, check_plan, pruned_fetch, pruner
+from .prune import check_plan, pruned_fetch, pruner
+from .refit import Refit, refit
 from .report import write_report
-from .scoring import PROOF_TOKENS, Text, inspect, layer_scores, read_windows, unit_scores
+from .scoring import (
+    PROOF_TOKENS,
+    Text,
+    best_plan,
+    inspect,
+    layer_scores,
+    read_windows,
+    unit_scores,
+)
 from .stream import Progress, silent, stream_forward
 
 
@@ -58,7 +68,8 @@ class Planned:
     kept_parameters: float
     notes: list[str] = field(default_factory=list)
     carrier: Carrier | None = None
-    cut: Cutter | None = None  # how each parameter is cut, where not simply to what is kept
+    cut: Refit | None = None  # how each parameter is cut, where not simply to what is kept
+    verdict: Verdict | None = None  # why this criterion
 
 
 def make_plan(
@@ -76,7 +87,7 @@ def make_plan(
     architecture that is to hold the result.
     """
     options.require_amount()
-    if options.importance in NEEDS_DATA and data is None:
+    if data is None and (options.importance == "auto" or options.importance in NEEDS_DATA):
         raise InputError(f"--importance {options.importance} reads text: give --data.")
     named = inspect(model)
     notes = list(model.notes)
@@ -89,12 +100,23 @@ def make_plan(
     notes += wanted.notes
     text = Text(model, data, options, notes, progress)
     plan = PrunePlan({}, {k: v for k, v in asdict(options).items() if v is not None})
-    if dims:
+    verdict = None
+    if dims and options.importance == "auto":
+        verdict = best_plan(text, dims, wanted)
+        plan = PrunePlan(verdict.winner.plan.cuts, {**plan.recipe, "chosen": verdict.winner.name})
+    elif dims:
         plan = choose(named, dims, unit_scores(text, dims), wanted, options, plan.recipe)
     if layers:
         cuts = plan.cuts | choose_layers(named, layers, layer_scores(text, layers), options)
         plan = settled(named, PrunePlan(cuts, plan.recipe))
-    return _planned(model, named, plan, notes, carrier)
+    planned = _planned(model, named, plan, notes, carrier)
+    planned.verdict = verdict
+    if dims and options.refit:
+        if data is None:
+            planned.notes.append("no --data: the kept weights are not refitted")
+        else:
+            planned.cut = refit(text.named, plan, text.statistics(dims))
+    return planned
 
 
 def units(model, named: NamedAxes, options: Options, carrier: str | None = None):
@@ -165,6 +187,10 @@ def save_pruned(
             "notes": planned.notes,
             "verified": {"loader": "mlx_lm.load in a fresh process", "logit_error": error},
         }
+        if planned.cut is not None:
+            record["refit"] = {"lambda": planned.cut.chosen, "left_as_it_is": planned.cut.left}
+        if planned.verdict is not None:
+            record["criteria"] = planned.verdict.document()
         record["metrics"] = finish(folder) if finish else {}
         write_record(folder, record)
     return record
@@ -243,6 +269,8 @@ def compress(
         report["seconds"] = time.perf_counter() - started
         report["recipe"] = dict(planned.plan.recipe)
         report["notes"] = planned.notes
+        if planned.verdict is not None:
+            report["criteria"] = planned.verdict.document()
         write_report(report, folder / "report.json")
         return {k: report[k] for k in ("dense", "compressed", "paired")}
 

@@ -27,6 +27,7 @@ from .calibrate import Statistics
 from .contractions import Contraction, contractions
 from .plan import PrunePlan
 from .prune import Pick, picks, prune_array
+from .second import as_matrices
 
 LAMBDAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # times the mean of H's diagonal
 
@@ -74,11 +75,10 @@ def refit(named: NamedAxes, plan: PrunePlan, statistics: Statistics) -> Refit:
 
 def _refitted(array: mx.array, place: Contraction, pick: Pick, halves) -> tuple[mx.array, float]:
     """The kept slots of a weight, in its own layout and dtype, and the lambda (largest of all)."""
-    moved = np.array(array.astype(mx.float32).transpose(place.layout), dtype=np.float64)
+    weights, each = as_matrices(array, place, halves)
+    shape = [array.shape[k] for k in place.layout]
     ends = (place.leading, place.leading + place.contracted)
-    lead, inner, rest = moved.shape[: ends[0]], moved.shape[slice(*ends)], moved.shape[ends[1] :]
-    weights = moved.reshape(math.prod(lead), math.prod(inner), math.prod(rest))
-    each = halves.swapaxes(0, 1) if place.leading else halves[None]
+    lead, inner, rest = shape[: ends[0]], shape[slice(*ends)], shape[ends[1] :]
     rows = np.broadcast_to(pick.slots, (len(weights), pick.slots.shape[-1]))
     fits = [
         fit_kept(weight, moments, _with_patches(keep, inner))
@@ -90,7 +90,7 @@ def _refitted(array: mx.array, place: Contraction, pick: Pick, halves) -> tuple[
     return mx.array(kept.astype(np.float32)).astype(array.dtype), max(lam for _, lam in fits)
 
 
-def _with_patches(keep: np.ndarray, inner: tuple[int, ...]) -> np.ndarray:
+def _with_patches(keep: np.ndarray, inner: list[int]) -> np.ndarray:
     """Kept channels at every position of a patch; channels are the last axis."""
     return (np.arange(math.prod(inner[:-1]))[:, None] * inner[-1] + keep).reshape(-1)
 

@@ -3,22 +3,39 @@
 `model` is a `bridges.mlx_lm.LanguageModel`, or what offers its `fetch`, `trace` and `tokenizer`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
+from .allocate import Request
 from .axes import Dimension, NamedAxes, named_axes
 from .calibrate import Statistics, calibrate
+from .choice import Verdict, judge, sequence_losses
 from .data import Windows, load_windows
-from .importance import CRITERIA, NEEDS_DATA, NEEDS_GRADIENTS, Scores, Sources
+from .errors import InputError
+from .importance import (
+    CRITERIA,
+    NEEDS_DATA,
+    NEEDS_GRADIENTS,
+    NEEDS_SECOND,
+    Scores,
+    Sources,
+)
 from .influence import LAYER_CRITERIA, LayerSources, calibrate_layers
 from .layers import LayerDimension, layer_dimensions
 from .options import Options
+from .plan import PrunePlan
+from .prune import pruner
+from .refit import refit
 from .stream import Progress, silent
 
 PROOF_TOKENS = 16
+HELD_OUT = 0.25  # of the calibration text, where criteria are judged by it
+CANDIDATES = tuple(name for name in CRITERIA if name != "random")
+INFLUENCE = "activation"  # what whole layers are scored by, where a criterion has no word on them
 
 
 def inspect(model) -> NamedAxes:
@@ -41,10 +58,10 @@ def read_windows(model, data, split: str, options: Options, notes: list[str]) ->
 
 
 def next_token_loss(logits_BTV: mx.array, tokens_BT: mx.array) -> mx.array:
-    """Sum over tokens of the cross-entropy of each next token, in nats."""
+    """Per sequence [B], the sum over tokens of the cross-entropy of each next token, in nats."""
     logits, targets = logits_BTV[:, :-1].astype(mx.float32), tokens_BT[:, 1:, None]
     picked = mx.take_along_axis(logits, targets, axis=-1)[..., 0]
-    return (mx.logsumexp(logits, axis=-1) - picked).sum()
+    return (mx.logsumexp(logits, axis=-1) - picked).sum(axis=-1)
 
 
 @dataclass
@@ -56,14 +73,31 @@ class Text:
     options: Options
     notes: list[str]
     progress: Progress = silent
+    _collected: dict = field(default_factory=dict, repr=False)
 
     @cached_property
-    def batches(self) -> list[list[mx.array]]:
+    def _all(self) -> list[list[mx.array]]:
         """Whole batches of windows, [B, T] each."""
         windows = read_windows(self.model, self.data, "calibration", self.options, self.notes)
         rows = min(self.options.batch_size, len(windows.tokens))
         whole = len(windows.tokens) // rows * rows
         return [[mx.array(windows.tokens[k : k + rows])] for k in range(0, whole, rows)]
+
+    @property
+    def batches(self) -> list[list[mx.array]]:
+        """What statistics are collected on: all, or all but what is held out to judge by."""
+        return self._all[: len(self._all) - len(self.held_out)]
+
+    @property
+    def held_out(self) -> list[list[mx.array]]:
+        if self.options.importance != "auto":
+            return []
+        if len(self._all) < 2:
+            raise InputError(
+                f"--importance auto judges on held-out text: {len(self._all)} batch of it is not "
+                "enough; give more --calibration-samples, or name a criterion."
+            )
+        return self._all[-max(1, round(len(self._all) * HELD_OUT)) :]
 
     @cached_property
     def named(self) -> NamedAxes:
@@ -71,7 +105,36 @@ class Text:
         return named_axes(self.model.trace(self.batches[0][0], dtype=mx.float32))
 
     def loss(self, b: int, outputs: list[mx.array]) -> mx.array:
-        return next_token_loss(outputs[0], self.batches[b][0])
+        return next_token_loss(outputs[0], self.batches[b][0]).sum()
+
+    def sequence_loss(self, b: int, outputs: list[mx.array]) -> np.ndarray:
+        """The mean loss of each held-out sequence."""
+        tokens = self.held_out[b][0]
+        return np.array(next_token_loss(outputs[0], tokens)) / (tokens.shape[1] - 1)
+
+    def statistics(self, dims: list[Dimension]) -> Statistics:
+        """What is measured at the places that read `dims`; collected once."""
+        key = tuple(d.name for d in dims)
+        if key not in self._collected:
+            self._collected[key] = self._collect(key)
+        return self._collected[key]
+
+    def _collect(self, dims: tuple[str, ...]) -> Statistics:
+        name = self.options.importance
+        gradients = name == "auto" or name in NEEDS_GRADIENTS
+        full = self.options.refit or name == "auto" or name in NEEDS_SECOND
+        return calibrate(
+            self.named, self.batches, self.model.fetch, dims=dims,
+            loss=self.loss if gradients else None, second={} if full else None,
+            progress=self.progress,
+        )  # fmt: skip
+
+    def sources(self, dims: list[Dimension]) -> Sources:
+        """What criteria score by."""
+        seed = self.options.seed
+        return Sources(
+            self.named, tuple(dims), self.model.fetch, self.statistics(dims), seed=seed
+        )
 
 
 def unit_scores(text: Text, dims: list[Dimension]) -> Scores:
@@ -80,21 +143,26 @@ def unit_scores(text: Text, dims: list[Dimension]) -> Scores:
     if name not in NEEDS_DATA:
         seed = text.options.seed
         return CRITERIA[name](Sources(inspect(model), tuple(dims), model.fetch, seed=seed))
-    return CRITERIA[name](Sources(text.named, tuple(dims), model.fetch, collect(text, dims)))
+    return CRITERIA[name](text.sources(dims))
 
 
-def collect(text: Text, dims: list[Dimension]) -> Statistics:
-    """Moments at what reads `dims`, and Taylor terms where the criterion wants them."""
-    return calibrate(
-        text.named, text.batches, text.model.fetch, dims=[d.name for d in dims],
-        loss=text.loss if text.options.importance in NEEDS_GRADIENTS else None,
-        progress=text.progress,
-    )  # fmt: skip
+def best_plan(text: Text, dims: list[Dimension], wanted: Request) -> Verdict:
+    """The plan of the criterion that loses least on held-out calibration text."""
+    options, fetch, statistics = text.options, text.model.fetch, text.statistics(dims)
+
+    def losses(plan: PrunePlan) -> np.ndarray:
+        cut = refit(text.named, plan, statistics) if options.refit else pruner(text.named, plan)
+        return sequence_losses(text.named, plan, cut, fetch, text.held_out, text.sequence_loss)
+
+    return judge(
+        text.sources(dims), dims, wanted, options, losses, names=CANDIDATES, progress=text.progress
+    )
 
 
 def layer_scores(text: Text, dims: list[LayerDimension]) -> Scores:
     """Scores of whole layers and branches by the options' criterion."""
     name, fetch, seed = text.options.importance, text.model.fetch, text.options.seed
+    name = name if name in LAYER_CRITERIA else INFLUENCE
     if name not in NEEDS_DATA:
         named = inspect(text.model)
         return LAYER_CRITERIA[name](LayerSources(named, tuple(dims), fetch, seed=seed))

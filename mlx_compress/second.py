@@ -5,6 +5,7 @@ column for each channel at each position. Where experts are picked, each has its
 """
 
 import itertools
+import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -95,3 +96,15 @@ def _halves(x: mx.array) -> np.ndarray:
     parts = [part.T @ part for part in (x[:middle], x[middle:])]
     mx.eval(parts)
     return np.stack([np.array(part, dtype=np.float64) for part in parts])
+
+
+def as_matrices(array: mx.array, place, halves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A weight as its contraction reads it: float64 [e, n, m], and its moments [e, 2, n, n].
+
+    `e` counts experts, 1 without; `n` counts slots at all positions of a patch.
+    """
+    moved = np.array(array.astype(mx.float32).transpose(place.layout), dtype=np.float64)
+    ends = (place.leading, place.leading + place.contracted)
+    lead, inner = moved.shape[: ends[0]], moved.shape[slice(*ends)]
+    matrices = moved.reshape(math.prod(lead), math.prod(inner), -1)
+    return matrices, halves.swapaxes(0, 1) if place.leading else halves[None]

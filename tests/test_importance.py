@@ -93,7 +93,7 @@ def units(scores):
 
 
 def test_the_names_on_the_command_line_are_those_of_the_criteria():
-    assert tuple(CRITERIA) == IMPORTANCES
+    assert ("auto", *CRITERIA) == IMPORTANCES
 
 
 def test_magnitude_equals_a_loop_over_the_entries_of_each_unit():
@@ -196,7 +196,47 @@ def test_the_width_is_scored_once_at_each_value_that_layers_read():
         assert wanda[u] == pytest.approx(sum(products), 1e-4)
 
 
-# ---- Taylor
+def test_fluctuation_is_the_variance_of_a_slot_times_its_squared_weights():
+    model, batches = tiny.build(tiny.LLAMA), tiny.batches()
+    owner, layer, slots = reading(model, MLP)
+    rows = np.concatenate([rows_of(x) for x, _ in recorded(model, owner, layer, batches)])
+    weight = np.array(getattr(owner, layer).weight)
+    scores = scored("fluctuation", model, [MLP], batches)[MLP]
+    for u in units(scores):
+        column = [float(row[u]) for row in rows]
+        mean = sum(column) / len(column)
+        variance = sum((x - mean) ** 2 for x in column) / len(column)
+        squares = sum(float(w) ** 2 for w in weight[:, u])
+        assert scores[u] == pytest.approx(variance * squares, 1e-3)
+
+
+def test_fluctuation_of_experts_channels_counts_the_rows_of_each_expert():
+    model, batches = tiny.build(tiny.MIXTRAL), tiny.batches()
+    owner = model.model.layers[1].block_sparse_moe.switch_mlp
+    calls = recorded(model, owner, "down_proj", batches)
+    weight = np.array(owner.down_proj.weight)
+    scores = scored("fluctuation", model, [CHANNELS], batches)[CHANNELS]
+    for e in range(3):
+        rows = np.concatenate([rows_of(x, picked, e) for x, picked in calls])
+        wanted = rows.var(axis=0) * (weight[e] ** 2).sum(axis=0)
+        np.testing.assert_allclose(scores[e], wanted, rtol=1e-3)
+
+
+# ---- Taylor and Fisher
+
+
+@pytest.mark.parametrize("name", [MLP, HEADS])
+def test_fisher_is_the_square_of_weights_times_gradients_sequence_by_sequence(name):
+    model, (tokens,) = tiny.build(tiny.LLAMA), tiny.batches(count=1, rows=3)[0]
+    _, layer, slots = reading(model, name)
+    path = f"{LLAMA_LAYER}.{'mlp' if name == MLP else 'self_attn'}.{layer}.weight"
+    weight = np.array(tiny.parameters(model)[path])
+    batches = [[tokens[k : k + 1]] for k in range(3)]
+    slopes = [gradients(model, each)[path] for (each,) in batches]
+    scores = scored("fisher", model, [name], batches)[name]
+    for u in units(scores):
+        inner = [sum(weight[:, s] * g[:, s]) for g in slopes for s in slots(u)]
+        assert scores[u] == pytest.approx(sum(x**2 for x in inner), 1e-3)
 
 
 @pytest.mark.parametrize("name", [MLP, HEADS, QUERY_HEADS])

@@ -1,0 +1,114 @@
+"""Which criterion? The one whose plan, refitted, loses least on text that it was not made from.
+
+All criteria read the same statistics, so trying all of them costs little more than one. Each plan
+is judged window by window on held-out calibration text; the differences are paired, so a few
+windows tell close candidates apart. What cannot be told apart goes to the cheaper one.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .allocate import Request, choose
+from .axes import Dimension, NamedAxes
+from .edit import edit_graph
+from .importance import CRITERIA, Sources
+from .options import Options
+from .plan import PrunePlan
+from .prune import Cutter, pruned_fetch
+from .stream import Progress, silent, stream_forward
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan and its loss on each held-out sequence, in nats per token; `seconds` of scoring."""
+
+    name: str
+    plan: PrunePlan
+    losses: np.ndarray
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        return float(self.losses.mean())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The winner, and for each candidate how much worse than the best it is, with an interval."""
+
+    winner: Candidate
+    candidates: list[Candidate]
+    behind: dict[str, tuple[float, float, float]]
+
+    def document(self) -> list[dict]:
+        """For the report: nats per token, and the paired difference to the best with its ends."""
+        return [
+            {
+                "criterion": c.name,
+                "nats_per_token": c.mean,
+                "behind_best": dict(zip(("estimate", "low", "high"), self.behind[c.name],
+                                        strict=True)),
+                "seconds": c.seconds,
+                "chosen": c is self.winner,
+            }
+            for c in self.candidates
+        ]  # fmt: skip
+
+
+def judge(
+    sources: Sources,
+    dims: list[Dimension],
+    wanted: Request,
+    options: Options,
+    losses: Callable[[PrunePlan], np.ndarray],
+    *,
+    names: Iterable[str] = tuple(CRITERIA),
+    progress: Progress = silent,
+) -> Verdict:
+    """Plan by every criterion and compare; `losses(plan)` gives those of the pruned model.
+
+    Criteria are tried in the order of `names`, which is that of their cost.
+    """
+    candidates, names = [], list(names)
+    for k, name in enumerate(names):
+        started = time.perf_counter()
+        scores = CRITERIA[name](sources)
+        seconds = time.perf_counter() - started
+        plan = choose(sources.named, dims, scores, wanted, options, {"importance": name})
+        candidates.append(Candidate(name, plan, losses(plan), seconds))
+        progress("criteria", k + 1, len(names))
+    return decide(candidates, seed=options.seed)
+
+
+def decide(candidates: list[Candidate], *, seed: int = 0) -> Verdict:
+    """The first candidate whose loss cannot be told from the lowest one (95 %, paired)."""
+    best = min(candidates, key=lambda c: c.mean)
+    behind = {c.name: _interval(c.losses - best.losses, seed) for c in candidates}
+    winner = next(c for c in candidates if behind[c.name][1] <= 0)
+    return Verdict(winner, candidates, behind)
+
+
+def _interval(differences: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """Mean, and the 95 % bootstrap interval of it, over sequences."""
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, len(differences), (RESAMPLES, len(differences)))
+    low, high = np.quantile(differences[draws].mean(axis=1), (0.025, 0.975))
+    return float(differences.mean()), float(low), float(high)
+
+
+def sequence_losses(
+    named: NamedAxes, plan: PrunePlan, cut: Cutter, fetch, batches,
+    loss: Callable[[int, list], np.ndarray],
+) -> np.ndarray:  # fmt: skip
+    """The loss of each sequence of `batches` after pruning: `loss(batch index, outputs)` [B]."""
+    out: list[np.ndarray] = []
+    stream_forward(
+        edit_graph(named, plan), batches, pruned_fetch(fetch, cut),
+        on_outputs=lambda b, outputs: out.append(loss(b, outputs)),
+    )  # fmt: skip
+    return np.concatenate(out)

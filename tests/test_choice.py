@@ -1,0 +1,98 @@
+"""The choice is the best by evidence, and the cheapest of those that cannot be told apart."""
+
+import numpy as np
+import pytest
+
+import tiny
+from mlx_compress import recipe
+from mlx_compress.choice import Candidate, decide
+from mlx_compress.data import Windows
+from mlx_compress.errors import InputError
+from mlx_compress.importance import CRITERIA
+from mlx_compress.options import Options
+from mlx_compress.plan import PrunePlan
+
+
+def candidates(**means):
+    """Losses that share the noise of their sequences, as paired ones do."""
+    text = np.random.default_rng(0).normal(3.0, 0.5, 40)
+    own = np.random.default_rng(1)
+    return [
+        Candidate(name, PrunePlan({}), text + mean + own.normal(0, 0.01, 40), 0.1)
+        for name, mean in means.items()
+    ]
+
+
+def test_a_difference_smaller_than_the_spread_of_the_text_is_told():
+    verdict = decide(candidates(cheap=0.02, dear=0.0))
+    assert verdict.winner.name == "dear"
+    estimate, low, high = verdict.behind["cheap"]
+    assert low < estimate < high and estimate == pytest.approx(0.02, abs=0.006) and low > 0
+
+
+def test_what_cannot_be_told_apart_goes_to_the_cheaper():
+    assert decide(candidates(cheap=0.0005, dear=0.0)).winner.name == "cheap"
+    assert decide(candidates(worse=0.5, cheap=0.0, dear=0.0)).winner.name == "cheap"
+
+
+def test_the_verdict_can_be_read_in_the_report():
+    document = decide(candidates(cheap=0.02, dear=0.0)).document()
+    assert [(d["criterion"], d["chosen"]) for d in document] == [("cheap", False), ("dear", True)]
+    assert document[1]["behind_best"]["estimate"] == 0
+
+
+def windows(count=16, length=12):
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(0, tiny.VOCABULARY, (count, length)).astype(np.int32)
+    return Windows(tokens, np.full(count, length - 1), None)
+
+
+OPTIONS = Options(pruning_ratio=0.4, dims=("channels",), batch_size=2)
+
+
+def test_a_model_is_planned_by_the_criterion_that_loses_least(tmp_path):
+    tiny.save(tiny.LLAMA, tmp_path)
+    planned = recipe.make_plan(recipe.open_model(tmp_path), OPTIONS, windows())
+    names = [candidate.name for candidate in planned.verdict.candidates]
+    assert names == [name for name in CRITERIA if name != "random"]
+    assert all(len(c.losses) == 4 for c in planned.verdict.candidates)  # a quarter of 16
+    assert planned.plan.recipe["chosen"] == planned.verdict.winner.name
+    assert planned.plan.cuts == planned.verdict.winner.plan.cuts
+    low = {name: ends[1] for name, ends in planned.verdict.behind.items()}
+    before = names[: names.index(planned.verdict.winner.name)]
+    assert low[planned.verdict.winner.name] <= 0 and all(low[name] > 0 for name in before)
+
+
+def test_the_saved_weights_are_the_refitted_ones_unless_asked_otherwise(tmp_path):
+    import json
+    from dataclasses import replace
+
+    import mlx.core as mx
+
+    held = tiny.save(tiny.LLAMA, tmp_path / "dense")
+    model = recipe.open_model(tmp_path / "dense")
+    down = "model.layers.0.mlp.down_proj.weight"
+    for refit in (True, False):
+        options = replace(OPTIONS, importance="wanda", refit=refit)
+        planned = recipe.make_plan(model, options, windows())
+        out = tmp_path / str(refit)
+        recipe.save_pruned(model, planned, out)
+        keep = planned.plan.cuts["model.layers.0.mlp.channels"].keep
+        saved = mx.load(str(out / "model.safetensors"))[down]
+        assert mx.array_equal(saved, held[down][:, mx.array(keep)]).item() is not refit
+        record = json.loads((out / "compression.json").read_text())
+        assert ("refit" in record) is refit
+    assert set(json.loads((tmp_path / "True" / "compression.json").read_text())["refit"][
+        "lambda"]) == {down, down.replace(".0.", ".1.")}  # fmt: skip
+
+
+def test_too_little_text_to_hold_some_out_is_refused(tmp_path):
+    tiny.save(tiny.LLAMA, tmp_path)
+    with pytest.raises(InputError, match="1 batch of it is not enough"):
+        recipe.make_plan(recipe.open_model(tmp_path), OPTIONS, windows(count=2))
+
+
+def test_a_choice_needs_text(tmp_path):
+    tiny.save(tiny.LLAMA, tmp_path)
+    with pytest.raises(InputError, match="--importance auto reads text: give --data"):
+        recipe.make_plan(recipe.open_model(tmp_path), OPTIONS)
