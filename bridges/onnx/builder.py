@@ -8,7 +8,7 @@ A rule of `ops.py` works on handles. A handle is a tensor of the ONNX graph, or 
 *view* of other handles (`views.py`), which becomes nodes only if a node reads it so.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
@@ -100,6 +100,7 @@ class Builder:
         self.may_be_zero, self.accuracy_level = frozenset(may_be_zero), accuracy_level
         self.buffer = buffer
         self.nodes: list[NodeProto] = []
+        self.count = 0
         self.weights: dict[str, Weight] = {}
         self.recipes: dict[str, Callable[[], mx.array | np.ndarray]] = {}
         self.arrays: dict[str, np.ndarray] = {}
@@ -166,13 +167,25 @@ class Builder:
         self.weights.setdefault(name, wanted)
         return name
 
+    def unique(self, stem: str) -> str:
+        self.count += 1
+        return f"{stem}_{self.count}"
+
     def rename(self, old: str, new: str) -> None:
         """Call a tensor otherwise, wherever it is made or read."""
-        for node in self.nodes:
+        for node in with_inner(self.nodes):
             for names in (node.input, node.output):
                 for k, name in enumerate(names):
                     if name == old:
                         names[k] = new
+
+
+def with_inner(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """Nodes, and those of the branches and loops in them."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from with_inner(attribute.g.node)
 
 
 def current() -> Builder:
@@ -195,14 +208,14 @@ def emit(
     shapes = shape if outputs > 1 and shape is not None else [shape] * outputs
     dtypes = dtype if isinstance(dtype, list) else [first if dtype is None else dtype] * outputs
     names = ["" if h is None else builder.name_of(h) for h in inputs]
+    name = builder.unique(op)
     results = [
-        Handle(s, d, f"{op}_{len(builder.nodes)}" + (f".{k}" if k else ""))
+        Handle(s, d, name + (f".{k}" if k else ""))
         for k, (s, d) in enumerate(zip(shapes, dtypes, strict=True))
     ]
     attributes = {k: v for k, v in attributes.items() if v is not None}
     node = helper.make_node(
-        op, names, [r.name for r in results], name=f"{op}_{len(builder.nodes)}", domain=domain,
-        **attributes,
+        op, names, [r.name for r in results], name=name, domain=domain, **attributes
     )  # fmt: skip
     builder.nodes.append(node)
     return results if outputs > 1 else results[0]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ...errors import InputError
+from . import experts
 from .builder import Handle, cast, constant, current, dynamic_float, emit
 from .extents import ints, times
 from .views import lazily, reshape, then, transpose
@@ -79,18 +80,7 @@ def add_matmul(x, a, out):
 
 
 def gather_mm(x, a, out):
-    left, right = _contracted(x[0], x[1])
-    lead = out[0].shape[:-2]
-    return emit("MatMul", _routed(left, x[2], lead), _routed(right, x[3], lead), shape=out[0].shape)
-
-
-def _routed(stack: Handle, index: Handle, lead: tuple) -> Handle:
-    """The matrices that an index picks from all those of a stack [..., rows, columns]."""
-    if len(stack.shape) == 2:
-        return stack
-    count = times(*stack.shape[:-2])
-    flat = reshape(stack, (count, *stack.shape[-2:]))
-    return emit("Gather", flat, index, shape=(*index.shape, *stack.shape[-2:]), axis=0)
+    return experts.gather_mm(*_contracted(x[0], x[1]), x[2:], out[0].shape)
 
 
 def convolution(x, a, out):

@@ -19,7 +19,7 @@ from ...errors import InputError
 from ...execute import QUANTISATION_MODES, execute
 from ...graph import Graph, Node, with_outputs
 from ...sizes import instantiate
-from . import contractions
+from . import contractions, experts
 from .builder import Handle, Static, cast, constant, current, emit, tensor
 from .extents import ints
 from .views import reshape, transpose
@@ -31,22 +31,44 @@ SMALL = {"batch": 2, "length": 3, "past": 4}  # sizes to try a lookup at
 
 def matmul(x, a, out):
     group, bits, mode, transposed = a
-    weight = x[1]
-    if mode != 0 or not transposed or len(weight.shape) != 2 or group < 16:
-        weight = _plain(x[1:], a)
-        turned = transpose(weight, _last_two(weight)) if transposed else weight
-        return contractions.product(x[0], turned, out[0].shape)
-    return contractions.joinable(_by_blocks, x, (group, bits), out[0].shape)
+    if _in_blocks(x[1:], a) and len(x[1].shape) == 2:
+        return contractions.joinable(_by_blocks, x, (group, bits), out[0].shape)
+    return contractions.product(x[0], _plain(x[1:], a), out[0].shape)
+
+
+def gather_qmm(x, a, out):
+    group, bits = a[:2]
+    *parts, left_place, place = x[1:]
+    if not _in_blocks(parts, a) or len(parts[0].shape) != 3:
+        return contractions.gather_mm([x[0], _plain(parts, a), left_place, place], (), out)
+    blocks = _blocks(parts, group, bits)
+    stacks = [h for h in blocks if h is not None]
+
+    def multiply(rows: Handle, expert: Handle) -> Handle:
+        mine = [h and experts.picked(h, expert) for h in blocks]
+        rows.shape = (None, *x[0].shape[-2:])
+        return _product(rows, mine, group, bits, (None, *out[0].shape[-2:]))
+
+    left = cast(x[0], blocks[1].dtype)
+    return experts.routed(left, [left_place, place], out[0].shape, multiply, stacks)
+
+
+def _in_blocks(parts: Sequence[Handle], a: tuple) -> bool:
+    """Whether MatMulNBits can hold the weight."""
+    group, _, mode, transposed = a[:4]
+    return QUANTISATION_MODES[mode] == "affine" and transposed and group >= 16
 
 
 def _by_blocks(x, a, shape: tuple) -> Handle:
-    group, bits = a
-    codes, scales, zeros, rest = _blocks(x[1:], group, bits)
-    left = x[0] if x[0].dtype == scales.dtype else cast(x[0], scales.dtype)
-    count, width = codes.shape[0], left.shape[-1]
+    blocks = _blocks(x[1:], *a)
+    return _product(cast(x[0], blocks[1].dtype), blocks, *a, shape)
+
+
+def _product(left: Handle, blocks, group: int, bits: int, shape: tuple) -> Handle:
+    codes, scales, zeros, rest = blocks
     y = emit(
         "MatMulNBits", left, codes, scales, zeros, shape=shape, domain="com.microsoft",
-        K=width, N=count, bits=_container(bits), block_size=group,
+        K=left.shape[-1], N=codes.shape[0], bits=_container(bits), block_size=group,
         accuracy_level=current().accuracy_level,
     )  # fmt: skip
     if rest is None:
@@ -58,28 +80,16 @@ def _by_blocks(x, a, shape: tuple) -> Handle:
 def _group_sums(left: Handle, group: int) -> Handle:
     def make() -> Handle:
         *lead, width = left.shape
-        split = reshape(left, (*lead, width // group, group))
-        return emit("ReduceSum", split, ints([-1]), keepdims=0, shape=(*lead, width // group))
+        split = emit("Reshape", left, ints([0] * len(lead) + [width // group, group]))
+        return emit("ReduceSum", split, ints([-1]), keepdims=0)
 
     return current().remember(("sums", tensor(left), group), make)
 
 
-def gather_qmm(x, a, out):
-    group, bits, mode, transposed, *_ = a
-    stack = _plain(x[1:-2], a)
-    turned = transpose(stack, _last_two(stack)) if transposed else stack
-    return contractions.gather_mm([x[0], turned, *x[-2:]], (), out)
-
-
-def _last_two(handle: Handle) -> tuple[int, ...]:
-    rank = len(handle.shape)
-    return (*range(rank - 2), rank - 1, rank - 2)
-
-
 def _plain(parts: Sequence[Handle], a: tuple) -> Handle:
-    """The weight itself, computed when the file is written."""
+    """The weight itself [..., in, out], computed when the file is written."""
     builder = current()
-    group, bits, mode = a[:3]
+    group, bits, mode, transposed = a[:4]
     packed = parts[0]
     _require_static(parts)
     name = f"{_name(packed)}.dequantized"
@@ -95,7 +105,9 @@ def _plain(parts: Sequence[Handle], a: tuple) -> Handle:
     builder.notes.append(
         f"{_name(packed)}: {QUANTISATION_MODES[mode]} {bits}-bit is written as a plain weight"
     )
-    return Handle(shape, builder.type_of(mx.float32), static=Static(name))
+    weight = Handle(shape, builder.type_of(mx.float32), static=Static(name))
+    rank = len(shape)
+    return transpose(weight, (*range(rank - 2), rank - 1, rank - 2)) if transposed else weight
 
 
 def _name(handle: Handle) -> str:
@@ -114,48 +126,44 @@ def _container(bits: int) -> int:
 
 
 def _blocks(parts: Sequence[Handle], group: int, bits: int):
-    """Codes uint8 [out, blocks, bytes], scales [out, blocks], zeros, and what is left or None."""
+    """Codes uint8 [..., out, blocks, bytes], scales [..., out, blocks], zeros, and what is left.
+
+    The last is None where there is nothing.
+    """
     _require_static(parts)
     builder = current()
-    packed, scales, biases = parts
-    name, rows, blocks = _name(packed), packed.shape[0], scales.shape[1]
+    packed, scales, _ = parts
+    name, (*lead, blocks) = _name(packed), scales.shape
     room = _container(bits)
     ids = [h.static.value for h in parts]
 
+    def pair() -> tuple[np.ndarray, np.ndarray]:
+        scale, bias = (np.array(builder.array(i).astype(mx.float32)) for i in ids[1:])
+        return scale, bias
+
     def rest() -> np.ndarray:
-        scale, bias = (_array(builder.array(i)) for i in ids[1:])
+        scale, bias = pair()
         return bias + _zeros(scale, bias, room) * scale
 
-    def zeros() -> np.ndarray:
-        scale, bias = (_array(builder.array(i)) for i in ids[1:])
-        return _packed_zeros(_zeros(scale, bias, room), room)
+    def is_left() -> bool:
+        largest = np.abs(pair()[0]).max() * 2**bits
+        return bool(np.abs(rest()).max() > NOTHING * largest)
 
-    builder.recipes |= {
-        f"{name}.codes": lambda: _codes(builder.array(ids[0]), blocks, group, bits),
-        f"{name}.scales": lambda: _array(builder.array(ids[1])),
-        f"{name}.zeros": zeros,
-        f"{name}.rest": rest,
-    }
     kind = builder.type_of(mx.float32)
-
-    def part(suffix: str, shape: tuple, dtype: int) -> Handle:
-        return Handle(shape, dtype, static=Static(f"{name}.{suffix}"))
-
-    def left() -> bool:
-        scale = np.abs(_array(builder.array(ids[1]))).max() * 2**bits
-        return bool(np.abs(rest()).max() > NOTHING * scale)
-
-    is_left = builder.remember(("rest", name), lambda: left())
-    return (
-        part("codes", (rows, blocks, group * room // 8), UINT8),
-        part("scales", (rows, blocks), kind),
-        part("zeros", (rows, -(-blocks * room // 8)), UINT8),
-        part("rest", (rows, blocks), kind) if is_left else None,
-    )
-
-
-def _array(array: mx.array) -> np.ndarray:
-    return np.array(array.astype(mx.float32))
+    made = {
+        "codes": ((blocks, group * room // 8), UINT8,
+                  lambda: _codes(builder.array(ids[0]), blocks, group, bits)),
+        "scales": ((blocks,), kind, lambda: pair()[0]),
+        "zeros": ((-(-blocks * room // 8),), UINT8, lambda: _packed(_zeros(*pair(), room), room)),
+        "rest": ((blocks,), kind, rest),
+    }  # fmt: skip
+    out = []
+    for suffix, (last, dtype, make) in made.items():
+        builder.recipes[f"{name}.{suffix}"] = make
+        out.append(Handle((*lead, *last), dtype, static=Static(f"{name}.{suffix}")))
+    if not builder.remember(("is left", name), is_left):
+        out[-1] = None
+    return out
 
 
 def _zeros(scale: np.ndarray, bias: np.ndarray, bits: int) -> np.ndarray:
@@ -164,24 +172,23 @@ def _zeros(scale: np.ndarray, bias: np.ndarray, bits: int) -> np.ndarray:
     return np.clip(np.rint(-bias / safe), 0, 2**bits - 1)
 
 
-def _packed_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
-    zeros = zeros.astype(np.uint8)
+def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Two codes of 4 bits in a byte, the first one low; each row for itself."""
+    codes = codes.astype(np.uint8)
     if bits == 8:
-        return zeros
-    even = np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)))
-    return even[:, ::2] | even[:, 1::2] << 4
+        return codes
+    even = np.pad(codes, (*[(0, 0)] * (codes.ndim - 1), (0, codes.shape[-1] % 2)))
+    return even[..., ::2] | even[..., 1::2] << 4
 
 
-def _codes(packed: mx.array, blocks: int, group: int, bits: int) -> np.ndarray:
+def _codes(weight: mx.array, blocks: int, group: int, bits: int) -> np.ndarray:
     """MLX packs 4 and 8 bits as ONNX Runtime does; the others are packed anew."""
-    rows = packed.shape[0]
+    lead = weight.shape[:-1]
     if bits in (4, 8):
-        return np.array(packed).view(np.uint8).reshape(rows, blocks, group * bits // 8)
-    one = mx.ones((rows, blocks))
-    codes = np.array(mx.dequantize(packed, one, 0 * one, group, bits)).astype(np.uint8)
-    if _container(bits) == 4:
-        codes = codes[:, ::2] | codes[:, 1::2] << 4
-    return codes.reshape(rows, blocks, -1)
+        return np.array(weight).view(np.uint8).reshape(*lead, blocks, -1)
+    one = mx.ones((*lead, blocks))
+    codes = np.array(mx.dequantize(weight, one, 0 * one, group, bits))
+    return _packed(codes, _container(bits)).reshape(*lead, blocks, -1)
 
 
 # ---- embeddings

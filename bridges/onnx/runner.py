@@ -26,7 +26,7 @@ TYPES = {
     "tensor(int64)": np.int64, "tensor(bool)": np.bool_, "tensor(uint8)": np.uint8,
     "tensor(int8)": np.int8, "tensor(double)": np.float64,
 }  # fmt: skip
-PAST, PRESENT = "past_key_values.", "present."
+PAST, PRESENT, LENGTH = "past_key_values.", "present.", "past_length"
 
 
 class RunError(ValueError):
@@ -135,40 +135,76 @@ class Decoder:
         if "input_ids" not in model.inputs or "logits" not in model.outputs:
             raise RunError(f"{model.path}: is no language model: it has no input_ids or no logits.")
         limits = json.loads(model.metadata.get("mlx_compress.limits", "{}"))
-        self.model, self.limit = model, limits.get("input_ids")
+        self.model, self.vocabulary = model, limits.get("input_ids")
+        self.positions = int(model.metadata.get("mlx_compress.positions", 0))
+        self.buffered = LENGTH in model.inputs
         self.reset()
 
     def reset(self) -> None:
         """Forget all tokens."""
-        import onnxruntime as ort
+        self.length = self.capacity = 0
+        self.cache = {
+            name: self._value(np.zeros(self._shape(one, 0), TYPES[one.type]))
+            for name, one in self.model.inputs.items() if name.startswith(PAST)
+        }  # fmt: skip
 
-        self.length, self.cache = 0, {}
-        for name, one in self.model.inputs.items():
-            if name.startswith(PAST):
-                _, heads, _, width = one.shape
-                empty = np.zeros((1, heads, 0, width), TYPES[one.type])
-                self.cache[name] = ort.OrtValue.ortvalue_from_numpy(empty)
+    @staticmethod
+    def _shape(one, positions: int) -> tuple[int, ...]:
+        _, heads, _, width = one.shape
+        return 1, heads, positions, width
+
+    @staticmethod
+    def _value(array: np.ndarray):
+        from onnxruntime import OrtValue
+
+        return OrtValue.ortvalue_from_numpy(array)
 
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Take in tokens; returns the logits [vocabulary] after the last of them."""
-        import onnxruntime as ort
-
         if not self.cache and self.length:
             raise RunError(f"{self.model.path}: has no cache; export it with one to generate.")
+        binding = self.model.session.io_binding()
         kind = TYPES[self.model.inputs["input_ids"].type]
-        feeds = {"input_ids": ort.OrtValue.ortvalue_from_numpy(np.array([tokens], kind))}
-        names = ["logits", *(name.replace(PAST, PRESENT, 1) for name in self.cache)]
-        call = self.model.session.run_with_ort_values
-        logits, *state = _run(self.model, call, names, {**feeds, **self.cache})
-        self.cache = dict(zip(self.cache, state, strict=True))
+        held = [self._value(np.array([tokens], kind))]
+        binding.bind_ortvalue_input("input_ids", held[0])
+        if self.buffered:
+            self._make_room(self.length + len(tokens))
+            held.append(self._value(np.array([self.length], np.int64)))
+            binding.bind_ortvalue_input(LENGTH, held[1])
+        binding.bind_output("logits")
+        for name, value in self.cache.items():
+            binding.bind_ortvalue_input(name, value)
+            present = name.replace(PAST, PRESENT, 1)
+            if self.buffered:
+                binding.bind_ortvalue_output(present, value)
+            else:
+                binding.bind_output(present)
+        _run(self.model, self.model.session.run_with_iobinding, binding)
+        logits, *state = binding.get_outputs()
+        if not self.buffered:
+            self.cache = dict(zip(self.cache, state, strict=True))
         self.length += len(tokens)
         return logits.numpy()[0, -1].astype(np.float32)
+
+    def _make_room(self, needed: int) -> None:
+        """Larger buffers, with what the old ones hold."""
+        if needed > self.positions:
+            raise RunError(f"{needed} tokens: its cache holds {self.positions} positions at most.")
+        if needed <= self.capacity:
+            return
+        self.capacity = min(max(256, needed, 2 * self.capacity), self.positions)
+        for name, one in self.model.inputs.items():
+            if name.startswith(PAST):
+                wider = np.zeros(self._shape(one, self.capacity), TYPES[one.type])
+                wider[:, :, : self.length] = self.cache[name].numpy()[:, :, : self.length]
+                self.cache[name] = self._value(wider)
 
     def check(self, tokens: Sequence[int]) -> None:
         if not tokens:
             raise RunError("the prompt is empty; give at least one token.")
-        if self.limit and not 0 <= min(tokens) <= max(tokens) < self.limit:
-            raise RunError(f"token {max(tokens)}: the vocabulary ends at {self.limit}.")
+        bad = [t for t in tokens if self.vocabulary and not 0 <= t < self.vocabulary]
+        if bad:
+            raise RunError(f"token {bad[0]}: the vocabulary has {self.vocabulary} tokens.")
 
     def tokens(
         self, prompt: Sequence[int], *, max_tokens: int = 128, temperature: float = 0.0,

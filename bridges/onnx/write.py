@@ -18,7 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from ...errors import InputError, ResourceError
 from ...program import Program
 from ...sizes import Size
-from .builder import Builder, Handle, Weight
+from .builder import Builder, Handle, Weight, with_inner
 
 OPSET = 23
 IR_VERSION = 11  # the first that knows opset 23
@@ -44,7 +44,7 @@ def write(
 ) -> Written:  # fmt: skip
     """Write what `builder` holds. Weights go beside the file when they exceed `external_bytes`."""
     nodes = _needed(builder.nodes, [h.name for h in outputs])
-    read = {name for node in nodes for name in node.input} | {h.name for h in outputs}
+    read = {name for node in with_inner(nodes) for name in node.input} | {h.name for h in outputs}
     weights = {name: w for name, w in builder.weights.items() if name in read}
     arrays = {name: a for name, a in builder.arrays.items() if name in read}
     total = sum(map(_bytes, weights.values())) + sum(a.nbytes for a in arrays.values())
@@ -60,7 +60,7 @@ def write(
         model.graph.initializer.extend(tensors)
         file.write(model.SerializeToString())
     counts: dict[str, int] = {}
-    for node in nodes:
+    for node in with_inner(nodes):
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return Written(path, data, total, counts, tuple(dict.fromkeys(builder.notes)))
 
@@ -69,7 +69,7 @@ def _needed(nodes: list[NodeProto], outputs: list[str]) -> list[NodeProto]:
     needed, kept = set(outputs), []
     for node in reversed(nodes):
         if needed.intersection(node.output):
-            needed.update(node.input)
+            needed.update(name for part in with_inner([node]) for name in part.input)
             kept.append(node)
     return kept[::-1]
 
