@@ -9,6 +9,7 @@ meaning and its declared shapes and types, not Core ML's runtime. A result is co
 and rounded to the declared type.
 """
 
+import itertools
 import math
 from pathlib import Path
 
@@ -21,24 +22,14 @@ from mlx_compress.bridges.coreml.quiet import ct
 DTYPES = {"fp16": np.float16, "fp32": np.float32, "int32": np.int32, "bool": np.bool_}
 
 
-class Package:
-    """A saved .mlpackage; `calls` counts the ops of each type that ran."""
+class Function:
+    """The main function of a MIL program."""
 
-    def __init__(self, path):
-        inner = Path(path) / "Data/com.apple.CoreML"
-        self.spec = ct.utils.load_spec(str(path))
-        version = self.spec.specificationVersion
-        self.program = load_program(self.spec, version, str(inner / "weights"))
-        self.main = self.program.functions["main"]
+    def __init__(self, program):
+        self.main = program.functions["main"]
 
     def ops(self) -> list[str]:
         return [op.op_type for op in self.main.operations]
-
-    def state(self) -> dict[str, np.ndarray]:
-        return {
-            s.name: np.zeros(tuple(s.type.stateType.arrayType.shape), np.float16)
-            for s in self.spec.description.state
-        }
 
     def __call__(self, feeds, state=None) -> dict[str, np.ndarray]:
         held = {}
@@ -65,6 +56,22 @@ class Package:
             results = [results]
         for var, result in zip(op.outputs, results, strict=True):
             held[var.name] = _checked(var, _rounded(var, result))
+
+
+class Package(Function):
+    """A saved .mlpackage."""
+
+    def __init__(self, path):
+        weights = Path(path) / "Data/com.apple.CoreML/weights"
+        self.spec = ct.utils.load_spec(str(path))
+        super().__init__(load_program(self.spec, self.spec.specificationVersion, str(weights)))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Empty states, by name."""
+        return {
+            s.name: np.zeros(tuple(s.type.stateType.arrayType.shape), np.float16)
+            for s in self.spec.description.state
+        }
 
 
 def _given(var, held):
@@ -162,6 +169,29 @@ def _conv(x, weight, strides, pad_type, pad, dilations, groups, bias=None):
     if bias is not None:
         result += bias.reshape(1, -1, *[1] * spatial)
     return result
+
+
+def _conv_transpose(x, weight, strides, pad_type, pad, dilations, groups):
+    assert pad_type == "custom"
+    kernel, spatial = weight.shape[2:], x.shape[2:]
+    sizes = [
+        (n - 1) * s + d * (k - 1) + 1
+        for n, s, d, k in zip(spatial, strides, dilations, kernel, strict=True)
+    ]
+    per_in, per_out = weight.shape[0] // groups, weight.shape[1]
+    whole = np.zeros((x.shape[0], per_out * groups, *sizes))
+    for place, at in itertools.product(np.ndindex(*kernel), np.ndindex(*spatial)):
+        where = tuple(
+            i * s + p * d for i, s, p, d in zip(at, strides, place, dilations, strict=True)
+        )
+        for g in range(groups):
+            ins, outs = (slice(g * n, (g + 1) * n) for n in (per_in, per_out))
+            seen = x[(slice(None), ins, *at)] @ weight[(ins, slice(None), *place)]
+            whole[(slice(None), outs, *where)] += seen
+    cut = tuple(
+        slice(first, n - last) for n, first, last in zip(sizes, pad[::2], pad[1::2], strict=True)
+    )
+    return whole[(slice(None), slice(None), *cut)]
 
 
 # ---- shapes and indices
@@ -334,6 +364,7 @@ RULES = {
     "constexpr_blockwise_shift_scale": _shift_scale,
     "constexpr_lut_to_dense": _lut,
     "conv": _conv,
+    "conv_transpose": _conv_transpose,
     "cumsum": _cumsum,
     "expand_dims": lambda x, axes: np.expand_dims(x, tuple(axes)),
     "gather": _gather,

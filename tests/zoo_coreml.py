@@ -6,7 +6,8 @@
 The packages are evaluated by `mil_reference.py`; Core ML itself runs on a Mac only. "ok" means: in
 float32, logits and caches equal the MLX program's at two shapes of a package with open sizes
 (relative to the largest entry, at most 1e-4), and a package that keeps its cache in states decodes
-the 16 tokens that stock mlx-lm decodes. "ok without a cache": the logits of 7 tokens are equal.
+16 tokens greedily, each of which is stock mlx-lm's own choice, or as good but for the rounding of a
+float16 cache. "ok without a cache": the logits of 7 tokens are equal.
 """
 
 import sys
@@ -24,9 +25,10 @@ import zoo
 from mil_reference import Package
 from mlx_compress.errors import InputError
 from mlx_compress.program import Program, of_arrays
-from zoo_exports import OK, TOKENS, stock_decode, worst
+from zoo_exports import OK, TOKENS, worst
 
 TOLERANCE = 1e-4
+TIE = 2e-3  # of the largest logit
 LENGTH = 7
 PROMPT = [5, 17, 3, 42, 8]
 CONTEXT = 32
@@ -86,10 +88,26 @@ def _decodes(program: Program, module, path: Path) -> str:
     export_coreml(
         program, path, dtype="float32", shapes=shapes, stateful=True, context=CONTEXT
     )
-    got, want = decode(Package(path), PROMPT), stock_decode(module, PROMPT)
-    if got == want:
+    chosen = decode(Package(path), PROMPT)
+    short = shortfalls(module, PROMPT, chosen)
+    if max(short) <= TIE:
         return OK
-    return f"decodes another token at {next(k for k in range(TOKENS) if got[k] != want[k])}"
+    return f"decodes another token at {next(k for k, gap in enumerate(short) if gap > TIE)}"
+
+
+def shortfalls(module, prompt: list[int], chosen: list[int]) -> list[float]:
+    """By how much stock mlx-lm likes each token less than its own favourite, given those before.
+
+    Over the largest logit: 0 where the tokens are the same.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache, out = make_prompt_cache(module), []
+    for tokens, token in zip([prompt, *([t] for t in chosen)], chosen, strict=False):
+        logits = module(mx.array([tokens], mx.int32), cache=cache)
+        logits = np.array((logits[0] if isinstance(logits, tuple | list) else logits)[0, -1])
+        out.append(float((logits.max() - logits[token]) / np.abs(logits).max()))
+    return out
 
 
 def decode(package: Package, prompt: list[int], count: int = TOKENS) -> list[int]:

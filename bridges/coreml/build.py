@@ -146,6 +146,8 @@ def _outputs(plan: Plan, known: dict, floats: str) -> list:
     taken = {f.name for f in plan.inputs.values()}
     outs = []
     for number, name in zip(plan.graph.outputs, plan.outputs, strict=True):
+        if number not in known:
+            raise InputError(f"output {name}: has no entries, which Core ML cannot hold.")
         var = known[number]
         var = cast(var, floats if is_float(var) else "int32")
         if var.op is None or var.val is not None or var.name in taken:

@@ -9,6 +9,7 @@ import numpy as np
 from ...errors import InputError
 from ...simplify import broadcast_shape
 from .composites import COMPOSITES
+from .convolution import convolution
 from .moves import (
     arange,
     broadcast,
@@ -68,7 +69,8 @@ def _reduce(x, a, out):
     code, axes = a
     if not axes:
         return x[0]
-    reduced = getattr(mb, REDUCTIONS[code])(x=ints(x[0]), axes=list(axes), keep_dims=True)
+    var = ints(cast(x[0], "bool") if code < 2 else x[0])
+    reduced = getattr(mb, REDUCTIONS[code])(x=var, axes=list(axes), keep_dims=True)
     return cast(reduced, kind(out[0].dtype)) if not is_float(reduced) else reduced
 
 
@@ -182,29 +184,6 @@ def _hadamard(x, a, out):
     return mb.matmul(x=x[0], y=constant(matrix * a[0], type_of(x[0])))
 
 
-def _convolution(x, a, out):
-    """MLX keeps channels last, MIL first."""
-    stride, low, high, dilation, input_dilation, groups, flip = a
-    array, kernel = alike(x)
-    last = array.rank - 1
-    if any(n != 1 for n in input_dilation) or flip:
-        raise InputError("a transposed or flipped Convolution has no rule in Core ML.")
-    if kernel.val is None:
-        kernel = mb.transpose(x=kernel, perm=[0, last, *range(1, last)])
-    else:
-        kernel = mb.const(val=np.ascontiguousarray(np.moveaxis(kernel.val, -1, 1)))
-    convolved = mb.conv(
-        x=mb.transpose(x=array, perm=[0, last, *range(1, last)]),
-        weight=kernel,
-        strides=list(stride),
-        pad_type="custom",
-        pad=[n for pair in zip(low, high, strict=True) for n in pair],
-        dilations=list(dilation),
-        groups=groups,
-    )
-    return mb.transpose(x=convolved, perm=[0, *range(2, last + 1), 1])
-
-
 def _gather_mm(x, a, out):
     """The matrices that the indices pick, multiplied pair by pair."""
     left, right = alike(x[:2])
@@ -218,7 +197,7 @@ def _gather_linear(x, a, out):
 
 
 def _picked(matrices, indices):
-    if matrices.rank > 3:
+    if matrices.rank != 3:
         matrices = mb.reshape(x=matrices, shape=[-1, *matrices.shape[-2:]])
     return mb.gather(x=matrices, indices=cast(indices, "int32"), axis=0)
 
@@ -255,7 +234,7 @@ OPS = {
     "BitwiseBinary": _bitwise,
     "Broadcast": broadcast,
     "Concatenate": concatenate,
-    "Convolution": _convolution,
+    "Convolution": convolution,
     "Depends": lambda x, a, out: list(x[: len(out)]),
     "DivMod": lambda x, a, out: [_binary("floor_div")(x, a, out), _binary("mod")(x, a, out)],
     "Embedding": lambda x, a, out: mb.gather(x=x[0], indices=cast(x[1], "int32"), axis=0),

@@ -104,8 +104,8 @@ def _without_empties(graph: Graph) -> Graph:
         node = replace(node, inputs=tuple(same.get(i, i) for i in node.inputs))
         if node.op == "Concatenate":
             node = replace(node, inputs=tuple(i for i in node.inputs if i not in empty))
-        if node.op == "Concatenate" and len(node.inputs) == 1:
-            same[node.outputs[0]] = node.inputs[0]
+        if node.op == "Depends" or (node.op == "Concatenate" and len(node.inputs) == 1):
+            same.update(zip(node.outputs, node.inputs, strict=False))
         elif not empty.issuperset(node.outputs):
             nodes.append(_whole(node, empty))
     outputs = tuple(same.get(i, i) for i in graph.outputs)

@@ -20,6 +20,7 @@ with warnings.catch_warnings():
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Program, get_new_symbol, types
     from coremltools.converters.mil.mil.passes import pass_pipeline
+    from coremltools.optimize.coreml import _quantization_passes
 
 __all__ = ["Function", "Program", "ct", "get_new_symbol", "mb", "no_progress", "types"]
 
@@ -28,8 +29,10 @@ __all__ = ["Function", "Program", "ct", "get_new_symbol", "mb", "no_progress", "
 def no_progress() -> Iterator[None]:
     """Without the bars of the passes, which go to stderr."""
     shown = pass_pipeline.tqdm
-    pass_pipeline.tqdm = lambda steps, **_: steps
+    for module in (pass_pipeline, _quantization_passes):
+        module.tqdm = lambda steps, **_: steps
     try:
         yield
     finally:
-        pass_pipeline.tqdm = shown
+        for module in (pass_pipeline, _quantization_passes):
+            module.tqdm = shown

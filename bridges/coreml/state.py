@@ -38,13 +38,14 @@ def with_states(
 
     Raises `InputError` for a cache that does not grow by joining what is new to what was.
     """
-    pairs = list(caches(program))
-    if not pairs:
-        raise InputError("the program has no cache to keep; export it without states.")
     ids = dict(zip(program.inputs, graph.inputs, strict=True))
     made = dict(zip(program.outputs, graph.outputs, strict=True))
-    producer = {o: n for n in graph.nodes for o in n.outputs}
     reads = Counter(i for n in graph.nodes for i in n.inputs)
+    cached = dict(caches(program))
+    pairs = [pair for pair in cached.items() if reads[ids[pair[0]]]]
+    if not pairs:
+        raise InputError("the program has no cache to keep; export it without states.")
+    producer = {o: n for n in graph.nodes for o in n.outputs}
     updates, states = {}, {}
     for name, shape in _shared(pairs, {p: graph.values[ids[p]].shape for p, _ in pairs}).items():
         states[name] = (len(shape[1]), *shape[0][:2], context, shape[0][3])
@@ -61,10 +62,10 @@ def with_states(
     nodes = tuple(updates.get(n.outputs[0], n) for n in graph.nodes)
     mask = max(graph.values) + 1
     values = {**graph.values, mask: Value((1, 1, length, size_named(TOTAL)), mx.float32)}
-    kept = [name for name in program.inputs if name not in dict(pairs)]
+    kept = [name for name in program.inputs if name not in cached]
     inputs = (*(ids[name] for name in kept), mask)
     graph = replace(graph, nodes=nodes, values=values, inputs=inputs)
-    return with_outputs(graph, graph.outputs[: -len(pairs)]), (*kept, MASK), states
+    return with_outputs(graph, graph.outputs[: -len(cached)]), (*kept, MASK), states
 
 
 def _shared(pairs: Iterable[tuple[str, str]], shapes) -> dict[str, tuple]:
