@@ -171,7 +171,9 @@ TOKENIZER_FILES = (
 def _write_onnx(program, path, options, cases) -> list[str]:
     from .onnx.export import export_onnx
     from .onnx.quantize import quantize_onnx
+    from .onnx.scripts import add_scripts
 
+    add_scripts(path, program)
     if options.quantize not in ARITHMETIC:
         written = export_onnx(program, path, dtype=options.dtype, accuracy_level=0)
         return [*written.notes, *([ROUNDED] if _has_blocks(program) else [])]
