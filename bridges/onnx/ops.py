@@ -11,7 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from ...errors import InputError
-from . import attention, buffers, contractions, indexing, quantized
+from ...graph import Value
+from . import attention, buffers, contractions, indexing, quantized, windows
 from .builder import (
     BOOL,
     FLOAT,
@@ -192,7 +193,16 @@ REDUCTIONS = ("ReduceMin", "ReduceMax", "ReduceSum", "ReduceProd", "ReduceMin", 
 
 def _reduce(x, a, out):
     code, axes = a
+    pool = windows.pooled(x[0], code, axes, out[0].shape)
+    if pool is not None:
+        return pool
     (y,) = _float32(x) if code in (2, 3) else x
+    view = y.open_view("transpose")
+    if view:  # in the layout that the input lies in
+        axes = [view.detail[k] for k in axes]
+        shape = tuple(1 if k in axes else n for k, n in enumerate(view.parents[0].shape))
+        inner = _reduce(view.parents, (code, axes), [Value(shape, out[0].dtype)])
+        return transpose(inner, view.detail)
     wanted = current().type_of(out[0].dtype)
     y = cast(y, INT32) if y.dtype == BOOL else y
     y = emit(REDUCTIONS[code], y, ints(sorted(axes)), keepdims=1, shape=out[0].shape)
@@ -324,6 +334,7 @@ OPS = {
     "ArgPartition": lambda x, a, out: _sorted(x, a[1])[1],
     "ArgReduce": _arg_reduce,
     "ArgSort": lambda x, a, out: _sorted(x, a[0])[1],
+    "AsStrided": windows.as_strided,
     "AsType": _as_type,
     "BitwiseBinary": _bitwise,
     "Broadcast": indexing.broadcast,

@@ -79,7 +79,7 @@ def _bytes(weight: Weight) -> int:
 
 
 def _model(builder, program, outputs, nodes, name: str, metadata) -> ModelProto:
-    domains = {node.domain for node in nodes if node.domain}
+    domains = {node.domain for node in with_inner(nodes) if node.domain}
     graph = helper.make_graph(
         nodes, name,
         [_info(h.name, h) for h in builder.inputs.values()],
