@@ -21,6 +21,7 @@ from .prune import Cutter, pruned_fetch
 from .stream import Progress, silent, stream_forward
 
 RESAMPLES = 2000
+BASELINE = "random"
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,14 @@ def judge(
 
 
 def decide(candidates: list[Candidate], *, seed: int = 0) -> Verdict:
-    """The first candidate whose loss cannot be told from the lowest one (95 %, paired)."""
-    best = min(candidates, key=lambda c: c.mean)
+    """The first candidate whose loss cannot be told from the lowest one (95 %, paired).
+
+    `random` is there to be compared with, and never wins.
+    """
+    eligible = [c for c in candidates if c.name != BASELINE]
+    best = min(eligible, key=lambda c: c.mean)
     behind = {c.name: _interval(c.losses - best.losses, seed) for c in candidates}
-    winner = next(c for c in candidates if behind[c.name][1] <= 0)
+    winner = next(c for c in eligible if behind[c.name][1] <= 0)
     return Verdict(winner, candidates, behind)
 
 

@@ -29,13 +29,14 @@ from .flags import (
     Out,
     Plan,
     Ratio,
+    Refit,
     RoundTo,
     Samples,
     Seed,
     Target,
     Trust,
 )
-from .options import DTYPES, EXPORTS, ExportOptions, Options, among
+from .options import DROP_TYPES, DTYPES, EXPORTS, ExportOptions, Options, among
 
 DEFAULT, EXPORT = Options(), ExportOptions()
 DEFAULT_DIMS = ",".join(DEFAULT.dims)
@@ -60,8 +61,17 @@ def compress(
     ignored_layers: Ignored = None,
     round_to: RoundTo = DEFAULT.round_to,
     global_pruning: Global = DEFAULT.global_pruning,
+    refit: Refit = DEFAULT.refit,
     plan: Plan = None,
     carrier: Carrier = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option("--max-drop", metavar="X", help="Reject a model whose loss rises by more."),
+    ] = DEFAULT.max_drop,
+    drop_type: Annotated[
+        str,
+        typer.Option("--drop-type", metavar="NAME", help=f"One of {', '.join(DROP_TYPES)}."),
+    ] = DEFAULT.drop_type,
     export: Annotated[
         str | None,
         typer.Option(
@@ -113,6 +123,7 @@ def prune(
     ignored_layers: Ignored = None,
     round_to: RoundTo = DEFAULT.round_to,
     global_pruning: Global = DEFAULT.global_pruning,
+    refit: Refit = DEFAULT.refit,
     plan: Plan = None,
     save_plan: Annotated[
         Path | None, typer.Option("--save-plan", metavar="FILE", help="Write the plan as JSON.")

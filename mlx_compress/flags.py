@@ -87,6 +87,12 @@ Global = Annotated[
         "--global-pruning", help="Rank units across layers: a width of its own for each layer."
     ),
 ]
+Refit = Annotated[
+    bool,
+    typer.Option(
+        "--refit/--no-refit", help="Fit the weights that read what is removed anew (needs --data)."
+    ),
+]
 Samples = Annotated[
     int, typer.Option("--calibration-samples", metavar="N", help="Windows of text to calibrate on.")
 ]

@@ -17,6 +17,7 @@ from .archive import is_program, load_program
 from .axes import NamedAxes, named_axes
 from .bridges.measure import evaluate_folders
 from .checkpoint import check_free
+from .choice import Verdict
 from .options import Options
 from .plan import PrunePlan
 from .plan import diff as plan_diff
@@ -78,7 +79,9 @@ def prune(
     source = recipe.open_model(model, trust_remote_code=trust)
     with progress_bars() as progress:
         if saved:
-            planned = recipe.apply_plan(source, saved, carrier=carrier)
+            planned = recipe.apply_plan(
+                source, saved, options, data, carrier=carrier, progress=progress
+            )
         else:
             planned = recipe.make_plan(source, options, data, carrier=carrier, progress=progress)
         _show_plan(planned, save_plan, as_json)
@@ -223,7 +226,20 @@ def tell_report(report: dict) -> None:
         out.print(f"[bold]{name}[/]: {_flat(text['prompt'])} [italic]{_flat(text['continuation'])}")
 
 
+def verdict_table(verdict: Verdict) -> Table:
+    """Every criterion on held-out calibration text, and how far it is behind the best."""
+    rows = table("criterion", "nats/token", "more than the best (95 %)", "status")
+    for candidate in verdict.candidates:
+        ends = verdict.behind[candidate.name]
+        behind = "{:+.3f} ({:+.3f} to {:+.3f})".format(*ends) if any(ends) else ""
+        chosen = "chosen" if candidate is verdict.winner else ""
+        rows.add_row(candidate.name, f"{candidate.mean:.3f}", behind, chosen)
+    return rows
+
+
 def tell_plan(planned) -> None:
+    if getattr(planned, "verdict", None) is not None:
+        err.print(verdict_table(planned.verdict))
     for note in planned.notes:
         err.print(f"note: {note}", highlight=False)
     share = f"{100 * planned.kept_parameters:.1f} %"

@@ -12,6 +12,7 @@ KINDS = ("channels", "heads", "query_heads", "head_dim", "experts", "width")
 LAYER_KINDS = ("layers", "attention", "mlp")
 EXPORTS = ("onnx", "coreml", "torch", "mlxfn")
 QUANTIZE = ("int4", "int8", "dynamic", "static")
+DROP_TYPES = ("relative", "absolute")
 DTYPES = ("float32", "float16")
 SMALL = 8  # tokens
 IMPORTANCES = (
@@ -30,6 +31,7 @@ class Options:
     the weights that read what is removed are fitted anew (`refit.py`), where there is text.
     `dims` are the kinds of dimension to prune, `ignored_layers` glob patterns of dimension or
     parameter names to leave alone, `round_to` a step for the counts that are kept.
+    `max_drop` is a gate on the loss in nats per token: a model that loses more is rejected.
     Calibration reads `calibration_samples` windows of `max_seq_length` tokens, evaluation
     `eval_samples`; `batch_size` windows are computed at a time.
     """
@@ -42,6 +44,8 @@ class Options:
     ignored_layers: tuple[str, ...] = ()
     round_to: int = 1
     global_pruning: bool = False
+    max_drop: float | None = None
+    drop_type: str = "relative"
     calibration_samples: int = 128
     eval_samples: int = 128
     max_seq_length: int = 256
@@ -61,6 +65,9 @@ class Options:
                 raise InputError(f"{flag} {value:g}: must lie between 0 and 1, both excluded.")
         if self.pruning_ratio is not None and self.params is not None:
             raise InputError("--pruning-ratio and --target: give one of the two, not both.")
+        among("--drop-type", (self.drop_type,), DROP_TYPES)
+        if self.max_drop is not None and not self.max_drop >= 0:
+            raise InputError(f"--max-drop {self.max_drop:g}: must be 0 or more.")
         among("--importance", (self.importance,), IMPORTANCES)
         among("--dims", self.dims, KINDS + LAYER_KINDS)
 

@@ -3,6 +3,7 @@ measure. Only this file knows the order; the steps meet in plain data.
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,7 @@ from .allocate import (
     prunable_layers,
     request,
 )
-from .axes import NamedAxes, named_axes
+from .axes import Dimension, NamedAxes, named_axes
 from .bridges.carriers import Carrier, advice, carrier_named, carriers, write_carrier
 from .bridges.measure import check_memory, evaluate_folders
 from .bridges.mlx_lm import LanguageModel, open_model
@@ -38,10 +39,11 @@ from .checkpoint import (
 )
 from .choice import Verdict
 from .edit import edit_graph
-from .errors import InputError
+from .errors import GateFailed, InputError
 from .expressible import fitted_config, snap
-from .importance import NEEDS_DATA
-from .layers import dropped_parameters, renamed_paths, settled, without
+from .gate import amount, drop, most_that_passes, with_amount, words
+from .importance import CRITERIA, NEEDS_DATA
+from .layers import dropped_parameters, is_layer_cut, renamed_paths, settled, without
 from .options import KINDS, Options
 from .plan import PrunePlan, describe
 from .prune import check_plan, pruned_fetch, pruner
@@ -53,6 +55,7 @@ from .scoring import (
     best_plan,
     inspect,
     layer_scores,
+    lost,
     read_windows,
     unit_scores,
 )
@@ -70,6 +73,8 @@ class Planned:
     carrier: Carrier | None = None
     cut: Refit | None = None  # how each parameter is cut, where not simply to what is kept
     verdict: Verdict | None = None  # why this criterion
+    text: Text | None = None  # the statistics it stands on
+    dims: list[Dimension] = field(default_factory=list)
 
 
 def make_plan(
@@ -111,11 +116,17 @@ def make_plan(
         plan = settled(named, PrunePlan(cuts, plan.recipe))
     planned = _planned(model, named, plan, notes, carrier)
     planned.verdict = verdict
-    if dims and options.refit:
-        if data is None:
+    return _refitted(planned, text, dims)
+
+
+def _refitted(planned: Planned, text: Text, dims: list[Dimension]) -> Planned:
+    """Fit the kept weights anew, where there is text to do it with."""
+    planned.text, planned.dims = text, dims
+    if dims and text.options.refit:
+        if text.data is None:
             planned.notes.append("no --data: the kept weights are not refitted")
         else:
-            planned.cut = refit(text.named, plan, text.statistics(dims))
+            planned.cut = refit(text.named, planned.plan, text.statistics(dims))
     return planned
 
 
@@ -227,11 +238,23 @@ def _prove(model, planned: Planned, folder: Path, dtypes) -> float:
 
 
 def apply_plan(
-    model: LanguageModel, plan: PrunePlan, *, carrier: str | None = None
+    model: LanguageModel,
+    plan: PrunePlan,
+    options: Options | None = None,
+    data: str | Path | None = None,
+    *,
+    carrier: str | None = None,
+    progress: Progress = silent,
 ) -> Planned:
-    """Take a saved plan for this model. Raises `InputError` if it was made for another one."""
+    """Take a saved plan for this model. Raises `InputError` if it was made for another one.
+
+    The kept weights are refitted where `data` is given and the options do not say otherwise.
+    """
     named = inspect(model)
-    return _planned(model, named, settled(named, plan), list(model.notes), carrier)
+    planned = _planned(model, named, settled(named, plan), list(model.notes), carrier)
+    text = Text(model, data, options or Options(), planned.notes, progress)
+    dims = [named.dimensions[cut.name] for cut in planned.plan if not is_layer_cut(cut)]
+    return _refitted(planned, text, dims)
 
 
 def compress(
@@ -255,7 +278,7 @@ def compress(
     check_memory(model)
     windows = read_windows(model, data, "evaluation", options, notes)
     if plan:
-        planned = apply_plan(model, plan, carrier=carrier)
+        planned = apply_plan(model, plan, options, data, carrier=carrier, progress=progress)
     else:
         planned = make_plan(model, options, data, carrier=carrier, progress=progress)
     planned.notes += [note for note in notes if note not in planned.notes]
@@ -275,7 +298,46 @@ def compress(
         return {k: report[k] for k in ("dense", "compressed", "paired")}
 
     save_pruned(model, planned, out, finish=finish, progress=progress)
+    if options.max_drop is not None:
+        _pass_gate(model, planned, options, report, windows, Path(out))
     return report
+
+
+def _pass_gate(model, planned: Planned, options: Options, report, windows, out: Path) -> None:
+    """Set a model that loses too much aside, and say what would pass. Raises `GateFailed`."""
+    dense, worse = (report[name]["nats_per_token"] for name in ("dense", "compressed"))
+    found = drop(dense, worse, options.drop_type)
+    if found <= options.max_drop:
+        return
+    rejected = out.with_name(f"{out.name}.rejected")
+    if rejected.exists():
+        shutil.rmtree(rejected)
+    out.rename(rejected)
+    passing = _what_passes(model, planned, options, dense, windows)
+    raise GateFailed(
+        f"the loss rises by {found:.3f} ({options.drop_type}), --max-drop {options.max_drop:g} is "
+        f"allowed; kept aside as {rejected}; {words(options, passing)}."
+    )
+
+
+def _what_passes(model, planned: Planned, options: Options, dense, windows) -> float | None:
+    """The largest amount that passes, by the same criterion, from the statistics at hand."""
+    if not planned.dims or options.pruning_ratio is options.params is None:
+        return None
+    text, named = planned.text, inspect(model)
+    name = planned.verdict.winner.name if planned.verdict else options.importance
+    scores = CRITERIA[name](text.sources(planned.dims))
+    rows = text.batches[0][0].shape[0]
+    whole = len(windows.tokens) // rows * rows
+    batches = [[mx.array(windows.tokens[k : k + rows])] for k in range(0, whole, rows)]
+
+    def drop_at(removed: float) -> float:
+        here = with_amount(options, removed)
+        wanted = request(named, planned.dims, here)
+        plan = choose(text.named, planned.dims, scores, wanted, here)
+        return drop(dense, lost(text, plan, planned.dims, batches).mean(), options.drop_type)
+
+    return most_that_passes(drop_at, amount(options), options.max_drop)
 
 
 def read_plan(path: str | Path) -> PrunePlan:

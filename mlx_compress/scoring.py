@@ -34,7 +34,6 @@ from .stream import Progress, silent
 
 PROOF_TOKENS = 16
 HELD_OUT = 0.25  # of the calibration text, where criteria are judged by it
-CANDIDATES = tuple(name for name in CRITERIA if name != "random")
 INFLUENCE = "activation"  # what whole layers are scored by, where a criterion has no word on them
 
 
@@ -107,11 +106,6 @@ class Text:
     def loss(self, b: int, outputs: list[mx.array]) -> mx.array:
         return next_token_loss(outputs[0], self.batches[b][0]).sum()
 
-    def sequence_loss(self, b: int, outputs: list[mx.array]) -> np.ndarray:
-        """The mean loss of each held-out sequence."""
-        tokens = self.held_out[b][0]
-        return np.array(next_token_loss(outputs[0], tokens)) / (tokens.shape[1] - 1)
-
     def statistics(self, dims: list[Dimension]) -> Statistics:
         """What is measured at the places that read `dims`; collected once."""
         key = tuple(d.name for d in dims)
@@ -146,17 +140,25 @@ def unit_scores(text: Text, dims: list[Dimension]) -> Scores:
     return CRITERIA[name](text.sources(dims))
 
 
+def lost(text: Text, plan: PrunePlan, dims: list[Dimension], batches) -> np.ndarray:
+    """The loss of each sequence of `batches` after a plan, refitted if the options say so."""
+    cut = pruner(text.named, plan)
+    if text.options.refit and plan.cuts:
+        cut = refit(text.named, plan, text.statistics(dims))
+
+    def loss(b: int, outputs: list[mx.array]) -> np.ndarray:
+        tokens = batches[b][0]
+        return np.array(next_token_loss(outputs[0], tokens)) / (tokens.shape[1] - 1)
+
+    return sequence_losses(text.named, plan, cut, text.model.fetch, batches, loss)
+
+
 def best_plan(text: Text, dims: list[Dimension], wanted: Request) -> Verdict:
     """The plan of the criterion that loses least on held-out calibration text."""
-    options, fetch, statistics = text.options, text.model.fetch, text.statistics(dims)
-
-    def losses(plan: PrunePlan) -> np.ndarray:
-        cut = refit(text.named, plan, statistics) if options.refit else pruner(text.named, plan)
-        return sequence_losses(text.named, plan, cut, fetch, text.held_out, text.sequence_loss)
-
     return judge(
-        text.sources(dims), dims, wanted, options, losses, names=CANDIDATES, progress=text.progress
-    )
+        text.sources(dims), dims, wanted, text.options,
+        lambda plan: lost(text, plan, dims, text.held_out), progress=text.progress,
+    )  # fmt: skip
 
 
 def layer_scores(text: Text, dims: list[LayerDimension]) -> Scores:
