@@ -69,9 +69,12 @@ def _refusal(what: str) -> str:
 
 
 def _unturned(q: Handle, k: Handle):
-    """Queries and keys before their turn, and the tables to turn them with; or turned, and none."""
+    """Queries and keys before their turn, and the tables to turn them with; or turned, and none.
+
+    The operator turns heads whose width is a multiple of 16.
+    """
     views = [h.open_view("rope") for h in (q, k)]
-    if all(views) and views[0].parents[1:] == views[1].parents[1:]:
+    if q.shape[-1] % 16 == 0 and all(views) and views[0].parents[1:] == views[1].parents[1:]:
         tables = [_table(current(), h) for h in views[0].parents[1:]]
         if views[0].detail == views[1].detail and all(tables):
             return views[0].parents[0], views[1].parents[0], tables, int(views[0].detail[1])
