@@ -107,7 +107,8 @@ UNARY = {
     "clamp": _clamp, "clamp_min": _clamp, "clamp_max": lambda x, high: _clamp(x, None, high),
     "_to_copy": _cast, "to": _cast, "type_as": lambda x, y: x.astype(y.dtype),
     "isfinite": mx.isfinite,
-    **dict.fromkeys(("alias", "clone", "contiguous", "detach", "lift_fresh_copy"), _same),
+    **dict.fromkeys(("alias", "clone", "contiguous", "detach", "detach_"), _same),
+    "lift_fresh_copy": _same,
     "dropout": _dropout, "feature_dropout": _dropout,
     "native_dropout": lambda x, p, train: [_dropout(x, p, train)],
 }  # fmt: skip
@@ -120,7 +121,8 @@ BINARY = {
     "eq": mx.equal, "ne": mx.not_equal, "lt": mx.less, "le": mx.less_equal, "gt": mx.greater,
     "ge": mx.greater_equal, "logical_and": mx.logical_and, "logical_or": mx.logical_or,
     "logical_xor": mx.not_equal, "bitwise_and": mx.bitwise_and, "bitwise_or": mx.bitwise_or,
-    "bitwise_xor": mx.bitwise_xor, "where": mx.where, "masked_fill": _masked_fill,
+    "bitwise_xor": mx.bitwise_xor, "__and__": mx.bitwise_and, "__or__": mx.bitwise_or,
+    "where": mx.where, "masked_fill": _masked_fill,
     "copy": lambda x, y: mx.broadcast_to(y, x.shape), "hypot": lambda x, y: mx.sqrt(x * x + y * y),
 }  # fmt: skip
 

@@ -66,8 +66,11 @@ def _turned(weight: mx.array, groups: int) -> mx.array:
 
 
 def _plain_convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    if isinstance(padding, str):
-        raise InputError(f"a convolution with padding {padding!r} has no rule; give numbers.")
+    if padding == "same":
+        spans = zip(weight.shape[2:], _spread(dilation, x.ndim - 2), strict=True)
+        total = [d * (k - 1) for k, d in spans]
+        x = mx.pad(x, [(0, 0), *((n // 2, n - n // 2) for n in total), (0, 0)])
+    padding = 0 if isinstance(padding, str) else padding
     return _convolution(x, weight, bias, stride, padding, dilation, groups=groups)
 
 

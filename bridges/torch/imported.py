@@ -137,7 +137,17 @@ def from_torch(
         source = exported.export(source, example_inputs, dynamic)
     elif not isinstance(source, torch.export.ExportedProgram):
         source = exported.load(source)
-    return _read(exported.decompose(source), axes)
+    return _read(source if _is_known(source) else exported.decompose(source), axes)
+
+
+def _is_known(program: torch.export.ExportedProgram) -> bool:
+    """Whether every operator has a rule and writes to nothing, so that none need be taken apart."""
+    calls = _calls(program.graph.nodes)
+    return all(_rule(n) is not None and not _writes(n) for n in calls)
+
+
+def _writes(node) -> bool:
+    return _is_operator(node) and node.target._schema.is_mutable and _name(node)[0] != "detach_"
 
 
 def _read(program: torch.export.ExportedProgram, dynamic: exported.Dynamic | None) -> Imported:
@@ -156,7 +166,7 @@ def _read(program: torch.export.ExportedProgram, dynamic: exported.Dynamic | Non
             constants[spec.arg.name] = array
     inputs, example, sizes, limits = _inputs(program, dynamic)
     outputs, results = _outputs(program)
-    steps = tuple(_step(n) for n in nodes if n.op == "call_function" and not _is_check(n))
+    steps = tuple(map(_step, _calls(nodes)))
     return Imported(
         parameters, inputs, outputs, example, sizes, limits, bound, constants, steps, results
     )
@@ -237,17 +247,23 @@ def _words(path) -> str:
 # ---- operators
 
 
+def _is_operator(node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
 def _name(node) -> tuple[str, str]:
     """An operator's name without and with its overload."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if _is_operator(node):
         packet = node.target.overloadpacket.__name__
         return packet, f"{packet}.{node.target._overloadname}"
     name = getattr(node.target, "__name__", str(node.target))
     return name, name
 
 
-def _is_check(node) -> bool:
-    return _name(node)[0] in CHECKS
+def _calls(nodes) -> list:
+    """The operators to run: no checks, and nothing that is not read; what writes may be read."""
+    called = [n for n in nodes if n.op == "call_function" and _name(n)[0] not in CHECKS]
+    return [n for n in called if n.users or _writes(n)]
 
 
 def _is_scalar_function(node) -> bool:
@@ -276,7 +292,7 @@ def _key(node) -> str:
 
 def _check_operators(nodes) -> None:
     """Raise `InputError` naming every operator that stands in the way, at once."""
-    calls = [n for n in nodes if n.op == "call_function" and not _is_check(n)]
+    calls = _calls(nodes)
     names = {_name(n) for n in calls}
     data = sorted({_name(n)[0] for n in calls if _looks_at_data(n)})
     if data:
