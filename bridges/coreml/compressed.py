@@ -54,7 +54,8 @@ def _offset(scale, bias, bits: int, floats: str) -> tuple[np.ndarray, bool]:
     whole = np.round(real)
     if np.all((whole >= 0) & (whole < 2**bits)) and _agree(scale, bias, whole):
         return whole.astype(np.uint8), True
-    real = real.astype(NUMPY[floats])
+    with np.errstate(over="ignore"):
+        real = real.astype(NUMPY[floats])
     return real, bool(np.all(np.isfinite(real))) and _agree(scale, bias, real)
 
 

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import mlx.core as mx
 
+from ...execute import OPS as MLX_OPS
 from ...execute import apply_node
 from ...graph import Graph, Node, Value, with_outputs
 from ...patterns import recognise
@@ -77,7 +78,7 @@ def _folded(graph: Graph) -> Graph:
     constants, nodes = dict(graph.constants), []
     for node in graph.nodes:
         outs = [graph.values[i] for i in node.outputs]
-        known = all(i in constants for i in node.inputs)
+        known = node.op in MLX_OPS and all(i in constants for i in node.inputs)
         if known and not is_open([node.attributes, [v.shape for v in outs]]) and _small(outs):
             arrays = apply_node(graph, node, [constants[i] for i in node.inputs])
             mx.eval(arrays)
