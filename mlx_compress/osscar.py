@@ -13,7 +13,7 @@ Meng et al., 2024 (OSSCAR), https://arxiv.org/abs/2403.12983; Hassibi and Stork,
 import numpy as np
 
 DAMPING = 1e-2  # of the mean of H's diagonal
-STEPS = 256  # where there are more units, several go at once
+STEPS = 128  # where there are more units, several go at once
 
 
 def removal_costs(weight: np.ndarray, moments: np.ndarray, units: np.ndarray) -> np.ndarray:

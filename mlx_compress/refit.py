@@ -30,6 +30,7 @@ from .prune import Pick, picks, prune_array
 from .second import as_matrices
 
 LAMBDAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # times the mean of H's diagonal
+USUAL = (1e-2,)  # where many plans are compared, and none is kept
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Refit:
     plan: PrunePlan
     statistics: Statistics
     places: Mapping[str, Contraction]
+    lambdas: tuple[float, ...] = LAMBDAS
     chosen: dict[str, float] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
@@ -57,11 +59,14 @@ class Refit:
         if halves is None:
             self.left[path] = "its inputs were not measured"
             return prune_array(array, cuts)
-        fitted, self.chosen[path] = _refitted(array, place, own[0], halves)
+        fitted, self.chosen[path] = _refitted(array, place, own[0], halves, self.lambdas)
         return prune_array(fitted, [pick for pick in cuts if pick is not own[0]])
 
 
-def refit(named: NamedAxes, plan: PrunePlan, statistics: Statistics) -> Refit:
+def refit(
+    named: NamedAxes, plan: PrunePlan, statistics: Statistics,
+    *, lambdas: tuple[float, ...] = LAMBDAS,
+) -> Refit:  # fmt: skip
     """The cutter for a plan, from second moments at the contractions that it touches."""
     places: dict[str, Contraction] = {}
     shared: set[str] = set()
@@ -70,10 +75,13 @@ def refit(named: NamedAxes, plan: PrunePlan, statistics: Statistics) -> Refit:
             path = place.weight[0]
             shared |= {path} if path in places else set()
             places[path] = place
-    return Refit(named, plan, statistics, {p: c for p, c in places.items() if p not in shared})
+    own = {path: place for path, place in places.items() if path not in shared}
+    return Refit(named, plan, statistics, own, lambdas)
 
 
-def _refitted(array: mx.array, place: Contraction, pick: Pick, halves) -> tuple[mx.array, float]:
+def _refitted(
+    array: mx.array, place: Contraction, pick: Pick, halves, lambdas
+) -> tuple[mx.array, float]:
     """The kept slots of a weight, in its own layout and dtype, and the lambda (largest of all)."""
     weights, each = as_matrices(array, place, halves)
     shape = [array.shape[k] for k in place.layout]
@@ -81,7 +89,7 @@ def _refitted(array: mx.array, place: Contraction, pick: Pick, halves) -> tuple[
     lead, inner, rest = shape[: ends[0]], shape[slice(*ends)], shape[ends[1] :]
     rows = np.broadcast_to(pick.slots, (len(weights), pick.slots.shape[-1]))
     fits = [
-        fit_kept(weight, moments, _with_patches(keep, inner))
+        fit_kept(weight, moments, _with_patches(keep, inner), lambdas)
         for weight, moments, keep in zip(weights, each, rows, strict=True)
     ]
     kept = np.stack([fitted for fitted, _ in fits])
@@ -95,7 +103,9 @@ def _with_patches(keep: np.ndarray, inner: list[int]) -> np.ndarray:
     return (np.arange(math.prod(inner[:-1]))[:, None] * inner[-1] + keep).reshape(-1)
 
 
-def fit_kept(weight: np.ndarray, halves: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, float]:
+def fit_kept(
+    weight: np.ndarray, halves: np.ndarray, keep: np.ndarray, lambdas=LAMBDAS
+) -> tuple[np.ndarray, float]:
     """The refitted rows of `weight` [n, m] and lambda, from H of two halves of data [2, n, n].
 
     Rank-deficient moments are no trouble: lambda is at least 1e-4 of the mean diagonal.
@@ -104,8 +114,9 @@ def fit_kept(weight: np.ndarray, halves: np.ndarray, keep: np.ndarray) -> tuple[
     if not len(gone):
         return weight, 0.0
     first, second = halves
-    scored = [(_held_out(weight, first, second, keep, gone, lam), lam) for lam in LAMBDAS]
-    lam = min(scored)[1]
+    lam = lambdas[0]
+    if len(lambdas) > 1:
+        lam = min(lambdas, key=lambda each: _held_out(weight, first, second, keep, gone, each))
     return weight[keep] + _correction(weight, first + second, keep, gone, lam), lam
 
 

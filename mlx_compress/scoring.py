@@ -29,7 +29,7 @@ from .layers import LayerDimension, layer_dimensions
 from .options import Options
 from .plan import PrunePlan
 from .prune import pruner
-from .refit import refit
+from .refit import USUAL, refit
 from .stream import Progress, silent
 
 PROOF_TOKENS = 16
@@ -144,7 +144,7 @@ def lost(text: Text, plan: PrunePlan, dims: list[Dimension], batches) -> np.ndar
     """The loss of each sequence of `batches` after a plan, refitted if the options say so."""
     cut = pruner(text.named, plan)
     if text.options.refit and plan.cuts:
-        cut = refit(text.named, plan, text.statistics(dims))
+        cut = refit(text.named, plan, text.statistics(dims), lambdas=USUAL)
 
     def loss(b: int, outputs: list[mx.array]) -> np.ndarray:
         tokens = batches[b][0]

@@ -1,0 +1,87 @@
+"""The gate finds what would pass, and a model that loses too much is set aside."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from mlx_compress import gate, recipe
+from mlx_compress.data import Windows
+from mlx_compress.errors import GateFailed, InputError
+from mlx_compress.options import Options
+
+
+@given(st.floats(0.01, 0.9), st.floats(0.05, 0.95))
+def test_bisection_comes_near_to_the_largest_amount_that_passes(limit, asked):
+    found = gate.most_that_passes(lambda removed: removed, asked, limit)
+    best = min(limit, asked)
+    if best > asked / 2**5:
+        step = max(asked / 2**gate.STEPS, gate.NEAR * asked)
+        assert found <= best and best - found <= 1.01 * step
+
+
+def test_when_nothing_passes_it_says_so():
+    assert gate.most_that_passes(lambda removed: 1.0, 0.5, 0.1) is None
+    assert "nothing near it" in gate.words(Options(params=0.5), None)
+
+
+def test_what_to_ask_for_is_said_in_the_words_that_were_used():
+    assert gate.words(Options(params=0.5), 0.2) == "--target params=0.80 would pass"
+    assert gate.words(Options(pruning_ratio=0.5), 0.2) == "--pruning-ratio 0.20 would pass"
+    for options in (Options(params=0.5), Options(pruning_ratio=0.5)):
+        assert gate.amount(gate.with_amount(options, 0.3)) == pytest.approx(0.3)
+
+
+def test_a_drop_is_in_nats_or_a_fraction_of_the_dense_loss():
+    assert gate.drop(2.0, 2.5, "absolute") == 0.5
+    assert gate.drop(2.0, 2.5, "relative") == 0.25
+    assert gate.drop(2.0, 1.5, "relative") < 0
+
+
+def test_options_of_the_gate_are_checked():
+    with pytest.raises(InputError, match="--max-drop -1: must be 0 or more"):
+        Options(max_drop=-1)
+    with pytest.raises(InputError, match="--drop-type both: unknown"):
+        Options(drop_type="both")
+
+
+def written_by(model):
+    """Tokens [16, 12] that the model finds likely, each row from another first token."""
+    tokens = mx.arange(16, dtype=mx.int32)[:, None]
+    for _ in range(11):
+        tokens = mx.concatenate([tokens, model(tokens)[:, -1:].argmax(-1).astype(mx.int32)], axis=1)
+    return np.array(tokens)
+
+
+@pytest.fixture
+def compress(tmp_path, monkeypatch):
+    """The whole job on a tiny model and text of its own, without what needs a tokenizer."""
+    tiny.save(tiny.LLAMA, tmp_path / "model")
+    windows = Windows(written_by(tiny.build(tiny.LLAMA)), np.full(16, 11), tmp_path / "words.txt")
+    monkeypatch.setattr("mlx_compress.bridges.measure.sample", lambda *a: {})
+
+    def run(**changes):
+        model = recipe.open_model(tmp_path / "model")
+        options = Options(pruning_ratio=0.8, dims=("channels",), batch_size=2,
+                          importance="magnitude", **changes)  # fmt: skip
+        return recipe.compress(model, options, windows, tmp_path / "out")
+
+    return run
+
+
+def test_a_model_that_loses_too_much_is_kept_aside_with_what_would_pass(compress, tmp_path):
+    with pytest.raises(GateFailed, match=r"loss rises by .*--pruning-ratio 0\.\d+ would") as failed:
+        compress(max_drop=1e-3)
+    assert failed.value.exit_code == 3 and not (tmp_path / "out").exists()
+    report = json.loads((tmp_path / "out.rejected" / "report.json").read_text())
+    assert report["compressed"]["nats_per_token"] > report["dense"]["nats_per_token"]
+
+
+def test_a_model_within_the_gate_is_kept(compress, tmp_path):
+    compress(max_drop=10.0, drop_type="absolute")
+    assert (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out.rejected").exists()
