@@ -251,7 +251,7 @@ PRODUCTS = {
 }
 
 MOVES = VIEWS | {
-    "Arange", "AsType", "Concatenate", "Contiguous", "Full", "Gather", "GatherAxis", "Pad"
+    "Arange", "AsType", "Concatenate", "Contiguous", "Full", "Gather", "GatherAxis", "Pad", "Size"
 }  # fmt: skip
 
 FLOPS = {
