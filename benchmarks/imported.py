@@ -31,6 +31,7 @@ from ..report import machine, write_report
 from .networks import cifar10_test, sentence_pairs, similarities, spearman, trained_resnet
 
 DEPTHS = (20, 32, 44, 56)
+ENCODER = "all-MiniLM-L6-v2"
 RATIO, BATCH = 0.3, 100
 Run = Callable[..., np.ndarray]
 
@@ -92,7 +93,7 @@ def in_torch(module: torch.nn.Module) -> Run:
     return run
 
 
-def rows(data: Path, encoder: Path) -> Iterator[Row]:
+def rows(data: Path, encoder: Path | None) -> Iterator[Row]:
     images, labels = cifar10_test(data)
     batches = torch.from_numpy(images).split(BATCH)
 
@@ -104,10 +105,14 @@ def rows(data: Path, encoder: Path) -> Iterator[Row]:
         module = trained_resnet(data, depth)
         program = imported_program(from_torch(module, [batches[0][:2]]))
         yield measure(f"ResNet-{depth}", "top-1", accuracy, in_torch(module), program)
-    yield _encoder_row(encoder, sentence_pairs(data))
+    pairs = sentence_pairs(data)
+    if encoder is None:
+        yield _encoder_row(ENCODER, _installed(), pairs)
+    else:
+        yield _encoder_row(encoder.name, encoder, pairs)
 
 
-def _encoder_row(folder: Path, pairs) -> Row:
+def _encoder_row(name: str, folder: Path, pairs) -> Row:
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
@@ -118,7 +123,7 @@ def _encoder_row(folder: Path, pairs) -> Row:
 
     program = imported_program(from_hf(folder))
     original = in_torch(lambda ids, mask: model(input_ids=ids, attention_mask=mask)[0])
-    return measure(folder.name, "Spearman", correlation, original, program)
+    return measure(name, "Spearman", correlation, original, program)
 
 
 def _apart(got: np.ndarray, want: np.ndarray) -> float:
@@ -149,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/imported.json")
     args = parser.parse_args(argv)
     with exit_on_error():
-        result = list(rows(args.data, args.encoder or _installed()))
+        result = list(rows(args.data, args.encoder))
         write_report({**machine(), "rows": [asdict(r) for r in result]}, args.out)
         Console(width=140).print(table(result))
 
