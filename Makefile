@@ -8,7 +8,7 @@ UV := $(shell command -v uv 2>/dev/null)
 VENV = $(if $(UV),uv venv -q --no-python-downloads --python $(PYTHON) .venv,$(PYTHON) -m venv .venv)
 INSTALL = $(if $(UV),uv pip install -q --python .venv/bin/python,.venv/bin/python -m pip install -q)
 
-.PHONY: setup demo test lint bench architectures clean
+.PHONY: setup demo test lint bench architectures exports clean
 
 setup: .venv/.ready
 
@@ -26,6 +26,9 @@ bench: setup
 
 architectures: setup
 	PYTHONPATH=tests .venv/bin/python -P -c "import mlx_compress, zoo_checks; zoo_checks.main()"
+
+exports: setup
+	PYTHONPATH=tests .venv/bin/python -P -c "import mlx_compress, zoo_page; zoo_page.main()"
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
