@@ -2,8 +2,10 @@
 
     python -P -m mlx_compress.benchmarks.criteria --model M --data D
 
-Every criterion calibrates once; its plans at all fractions come from the same scores, and all
-pruned models are measured on the same windows as the dense one. Nothing is trained or refitted.
+All criteria score by the same statistics, collected once; plans at all fractions come from the same
+scores, and all pruned models are measured on the same windows as the dense one: cut plainly, and
+with the kept weights refitted in closed form. Nothing is trained.
+
 Finished rows are kept in the JSON file, so an interrupted run goes on where it stopped.
 """
 
@@ -26,12 +28,13 @@ from ..data import Windows
 from ..errors import InputError, exit_on_error
 from ..evaluate import compare_scores, perplexity, score_tokens
 from ..expressible import fitted_config, snap
-from ..importance import CRITERIA, Scores
+from ..importance import CRITERIA, Sources
 from ..options import Options
 from ..plan import PrunePlan
-from ..prune import pruned_fetch, pruner
+from ..prune import Cutter, pruned_fetch, pruner
+from ..refit import refit
 from ..report import machine, write_report
-from ..scoring import Text, inspect, read_windows, unit_scores
+from ..scoring import Text, inspect, read_windows
 
 EVAL_BATCH = 8
 
@@ -74,9 +77,10 @@ class Aim:
 def measure(model: LanguageModel, data: str, settings: Settings, out: Path, say=print) -> dict:
     """Fill in the rows that `out` does not hold yet, writing it after each; returns its content."""
     result = _begin(settings, out)
-    done = {(row["criterion"], row["seed"], row["asked"]) for row in result["rows"]}
+    done = {(r["criterion"], r["seed"], r["asked"], r["refit"]) for r in result["rows"]}
+    every = [(removed, fitted) for removed in settings.removed for fitted in (False, True)]
     runs = [
-        (criterion, seed, [r for r in settings.removed if (criterion, seed, r) not in done])
+        (criterion, seed, [case for case in every if (criterion, seed, *case) not in done])
         for criterion in settings.criteria
         for seed in range(settings.random_seeds if criterion == "random" else 1)
     ]
@@ -88,14 +92,22 @@ def measure(model: LanguageModel, data: str, settings: Settings, out: Path, say=
     aims = {removed: _aim(model, named, removed, settings) for removed in settings.removed}
     dense = score_tokens(_float32(model.module()), windows.tokens, EVAL_BATCH)
     result["dense"] = asdict(perplexity(dense[0], windows.target_bytes))
+    options = replace(next(iter(aims.values())).options, importance="taylor")
+    sources = _collected(Text(model, data, options, []), list(aims.values()), result)
     for criterion, seed, todo in runs:
-        scores, cost = _scored(model, data, criterion, seed, list(aims.values()))
-        for removed in todo:
-            row = {"criterion": criterion, "seed": seed, "asked": removed, **cost}
-            row |= _measured(model, named, aims[removed], scores, windows, dense)
+        started = time.perf_counter()
+        scores = CRITERIA[criterion](replace(sources, seed=seed))
+        seconds = time.perf_counter() - started
+        for removed, fitted in todo:
+            row = {"criterion": criterion, "seed": seed, "asked": removed, "refit": fitted,
+                   "seconds": seconds}  # fmt: skip
+            plan = choose(named, aims[removed].dims, scores, aims[removed].wanted,
+                          aims[removed].options)  # fmt: skip
+            cut = refit(sources.named, plan, sources.statistics) if fitted else None
+            row |= _measured(model, named, plan, cut, aims[removed], windows, dense)
             result["rows"].append(row)
             write_report(result, out)
-            say(f"{criterion} {removed:g}: {row['nats_per_token']:.3f} nats/token")
+            say(f"{_label(row)} {removed:g}: {row['nats_per_token']:.3f} nats/token")
     return result
 
 
@@ -117,22 +129,25 @@ def _aim(model, named: NamedAxes, removed: float, settings: Settings) -> Aim:
     return Aim(options, dims, wanted)
 
 
-def _scored(model, data, criterion: str, seed: int, aims: list[Aim]) -> tuple[Scores, dict]:
-    """Scores of every dimension that any aim prunes, and what they cost."""
+def _collected(text: Text, aims: list[Aim], result: dict) -> Sources:
+    """All that any criterion reads, of every dimension that any aim prunes, and what it cost."""
     dims = list({d.name: d for aim in aims for d in aim.dims}.values())
-    options = replace(aims[0].options, importance=criterion, seed=seed)
     mx.clear_cache()
     mx.reset_peak_memory()
     started = time.perf_counter()
-    scores = unit_scores(Text(model, data, options, []), dims)
+    sources = text.sources(dims)
     seconds = time.perf_counter() - started
-    return scores, {"seconds": seconds, "peak_bytes": mx.get_peak_memory()}
+    result["statistics"] = {"seconds": seconds, "peak_bytes": mx.get_peak_memory()}
+    return sources
 
 
-def _measured(model, named, aim: Aim, scores, windows: Windows, dense) -> dict:
-    plan = choose(named, aim.dims, scores, aim.wanted, aim.options)
+def _label(row: dict) -> str:
+    return row["criterion"] + (" + refit" if row["refit"] else "")
+
+
+def _measured(model, named, plan, cut, aim: Aim, windows: Windows, dense) -> dict:
     counts = {cut.name: cut.kept for cut in plan}
-    losses = score_tokens(pruned_module(model, named, plan), windows.tokens, EVAL_BATCH)
+    losses = score_tokens(pruned_module(model, named, plan, cut), windows.tokens, EVAL_BATCH)
     paired = compare_scores(dense, losses, windows.target_bytes)
     return {
         "removed": 1 - block_parameters(named, counts) / block_parameters(named),
@@ -142,10 +157,12 @@ def _measured(model, named, aim: Aim, scores, windows: Windows, dense) -> dict:
     }
 
 
-def pruned_module(model: LanguageModel, named: NamedAxes, plan: PrunePlan):
+def pruned_module(
+    model: LanguageModel, named: NamedAxes, plan: PrunePlan, cut: Cutter | None = None
+):
     """The stock model that a plan leaves, in float32, in memory."""
     module = model.build(fitted_config(model, named, plan))
-    pruned = pruned_fetch(model.fetch, pruner(named, plan))(named.graph.parameters)
+    pruned = pruned_fetch(model.fetch, cut or pruner(named, plan))(named.graph.parameters)
     return _float32(module.load_weights(list(pruned.items())))
 
 
@@ -157,21 +174,18 @@ def _float32(module):
 
 def summary(result: dict) -> tuple[list[str], list[list[str]]]:
     """Head and body of the table. Seeds of `random` are averaged, ends of intervals too."""
-    rows = sorted(result["rows"], key=lambda r: CRITERION_ORDER.index(r["criterion"]))
+    order = {name: k for k, name in enumerate(CRITERIA)}
+    rows = sorted(result["rows"], key=lambda r: (r["refit"], order[r["criterion"]]))
     aims = sorted({r["asked"] for r in rows})
     removed = [f"{100 * next(r['removed'] for r in rows if r['asked'] == a):.1f} %" for a in aims]
-    head = ["criterion", *removed, "time, s", "peak, MB"]
+    head = ["criterion", *removed, "scoring, s"]
     body = []
-    for criterion, group in groupby(rows, key=lambda r: r["criterion"]):
+    for label, group in groupby(rows, key=_label):
         group = list(group)
         cells = [_cell([r for r in group if r["asked"] == aim]) for aim in aims]
         seconds = np.mean([r["seconds"] for r in group])
-        peak = max(r["peak_bytes"] for r in group) / 1e6
-        body.append([criterion, *cells, f"{seconds:.1f}", f"{peak:,.1f}"])
+        body.append([label, *cells, f"{seconds:.1f}"])
     return head, body
-
-
-CRITERION_ORDER = list(CRITERIA)
 
 
 def _cell(rows: list[dict]) -> str:
@@ -204,14 +218,15 @@ def _table(result: dict) -> Table:
 
 
 def _caption(result: dict) -> str:
-    s, dense = result["settings"], result["dense"]
+    s, dense, cost = result["settings"], result["dense"], result["statistics"]
     return (
         f"{s['model']}, {'+'.join(s['dims'])}, by the block parameters removed: perplexity, and "
         f"nats/token above the dense model's {dense['nats_per_token']:.3f} (perplexity "
         f"{dense['perplexity']:.2f}) with the 95 % bootstrap interval. Calibration "
         f"{s['calibration_samples']}, evaluation {s['eval_samples']} windows of "
-        f"{s['max_seq_length']} tokens; random: mean of {s['random_seeds']} seeds. Time and peak "
-        f"memory of scoring on {result['chip']} ({result['device']}, {result['machine']})."
+        f"{s['max_seq_length']} tokens; random: mean of {s['random_seeds']} seeds. Statistics "
+        f"for all criteria and refits: {cost['seconds']:.0f} s, {cost['peak_bytes'] / 1e6:.0f} MB "
+        f"at the peak, on {result['chip']} ({result['device']}, {result['machine']})."
     )
 
 

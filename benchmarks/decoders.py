@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..report import machine, write_report
 from .lean import Size, write_model
-from .sessions import medians_ms, open_session, step
+from .sessions import medians_ms, open_session, share_threads, step
 
 STEPS = {"prefill 128": (128, 0), "decode at 128": (1, 128), "decode at 1024": (1, 1024)}
 CAPACITY = 2048
@@ -66,7 +66,7 @@ def export_theirs(folder: Path, out: Path) -> dict[str, Path]:
     return files
 
 
-def peers(folder: Path, repeats: int, threads: int) -> dict:
+def peers(folder: Path, repeats: int) -> dict:
     """Milliseconds of each file and step."""
     config = json.loads((folder / "config.json").read_text())
     sizes = {"vocabulary": config["vocab_size"], "capacity": CAPACITY, "width": config["head_dim"]}
@@ -74,7 +74,7 @@ def peers(folder: Path, repeats: int, threads: int) -> dict:
         files = {**export_ours(folder, Path(work)), **export_theirs(folder, Path(work))}
         rows: dict[str, dict[str, float]] = {name: {} for name in files}
         for title, (length, past) in STEPS.items():
-            sessions = [open_session(path, threads) for path in files.values()]
+            sessions = [open_session(path) for path in files.values()]
             calls = [step(s, length=length, past=past, **sizes) for s in sessions]
             count = max(5, repeats // 4) if length > 1 else repeats
             for name, taken in zip(files, medians_ms(calls, count), strict=True):
@@ -82,7 +82,7 @@ def peers(folder: Path, repeats: int, threads: int) -> dict:
     return rows
 
 
-def pruned(folder: Path, repeats: int, threads: int) -> dict:
+def pruned(folder: Path, repeats: int) -> dict:
     """By ratio: FLOPs, milliseconds of prefill, and how much of the one shows in the other."""
     from ..bridges.onnx.export import export_onnx
     from ..bridges.programs import open_program
@@ -98,7 +98,7 @@ def pruned(folder: Path, repeats: int, threads: int) -> dict:
         calls, flops = [], []
         for ratio, program in programs.items():
             path = export_onnx(program, Path(work, f"{ratio}.onnx")).path
-            session = open_session(path, threads)
+            session = open_session(path)
             calls.append(step(session, length=length, past=past, **sizes))
             flops.append(cost(program.at({"batch": 1, "length": length, "past": past})).flops)
         times = medians_ms(calls, repeats)
@@ -208,12 +208,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.step:
         print(json.dumps(lean_step(*args.step)))
         return
+    share_threads(args.threads)
     parts, report = args.parts.split(","), {**machine(), "threads": args.threads}
     with tempfile.TemporaryDirectory() as work:
         folders = [*args.model, write_random(Path(work, "random-29M"), RANDOM)]
         for part, run in (("peers", peers), ("pruned", pruned)):
             if part in parts:
-                report[part] = {f.name: run(f, args.repeats, args.threads) for f in folders}
+                report[part] = {f.name: run(f, args.repeats) for f in folders}
     if "lean" in parts:
         report["lean"] = lean(LARGE)
     out = args.out or Path(__file__).parent / "results" / "decoders.json"

@@ -53,6 +53,7 @@ class Size:
     length: int = 256
     batch_size: int = 2
     ratio: float = 0.25
+    refit: int = 0
 
     def config(self) -> dict:
         return {
@@ -147,7 +148,7 @@ def prune(folder: Path, size: Size, criterion: str) -> dict:
 
     options = Options(
         pruning_ratio=size.ratio, importance=criterion, batch_size=size.batch_size,
-        calibration_samples=size.samples, max_seq_length=size.length,
+        calibration_samples=size.samples, max_seq_length=size.length, refit=bool(size.refit),
     )  # fmt: skip
     model = open_model(folder)
     planned = make_plan(model, options, size.windows())

@@ -16,11 +16,21 @@ TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16,
 Call = Callable[[], None]
 
 
-def open_session(path: Path, threads: int):
+def share_threads(count: int) -> None:
+    """Before the first session of a process: all take the same threads.
+
+    With threads of their own, those of the last session still spin while the next one runs.
+    """
+    import onnxruntime as ort
+
+    ort.set_global_thread_pool_sizes(count, 1)
+
+
+def open_session(path: Path):
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.use_per_session_threads = False
     options.log_severity_level = 4
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

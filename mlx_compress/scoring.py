@@ -3,6 +3,7 @@
 `model` is a `bridges.mlx_lm.LanguageModel`, or what offers its `fetch`, `trace` and `tokenizer`.
 """
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,9 @@ from .allocate import Request
 from .axes import Dimension, NamedAxes, named_axes
 from .calibrate import Statistics, calibrate
 from .choice import Verdict, judge, sequence_losses
+from .contractions import consumers
 from .data import Windows, load_windows
+from .dims import size_of
 from .errors import InputError
 from .importance import (
     CRITERIA,
@@ -30,9 +33,11 @@ from .options import Options
 from .plan import PrunePlan
 from .prune import pruner
 from .refit import USUAL, refit
+from .second import OnDisk
 from .stream import Progress, silent
 
 PROOF_TOKENS = 16
+SPILLED = 2**30  # bytes of second moments; more lie on disk
 HELD_OUT = 0.25  # of the calibration text, where criteria are judged by it
 INFLUENCE = "activation"  # what whole layers are scored by, where a criterion has no word on them
 
@@ -119,9 +124,15 @@ class Text:
         full = self.options.refit or name == "auto" or name in NEEDS_SECOND
         return calibrate(
             self.named, self.batches, self.model.fetch, dims=dims,
-            loss=self.loss if gradients else None, second={} if full else None,
+            loss=self.loss if gradients else None, second=self._second(dims) if full else None,
             progress=self.progress,
         )  # fmt: skip
+
+    def _second(self, dims: tuple[str, ...]) -> MutableMapping:
+        """In memory where they are small."""
+        places = {p.second_key: p for each in consumers(self.named, dims).values() for p in each}
+        sizes = [size_of(p.axis) for p in places.values()]
+        return {} if sum(16 * n * n for n in sizes) < SPILLED else OnDisk()
 
     def sources(self, dims: list[Dimension]) -> Sources:
         """What criteria score by."""

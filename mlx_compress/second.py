@@ -6,15 +6,21 @@ column for each channel at each position. Where experts are picked, each has its
 
 import itertools
 import math
+import shutil
+import tempfile
+import weakref
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from .errors import ResourceError
 from .graph import Graph, Node
 
 WIDEST = 2**14  # a contraction over more slots keeps no second moments
+FINE = 2**11  # up to so many slots they are added up in float64
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,38 @@ def patches(value: mx.array, window: Window | None) -> mx.array:
     return mx.concatenate(places, axis=-1).reshape(-1, len(places) * value.shape[-1])
 
 
+class OnDisk(MutableMapping):
+    """A mapping whose arrays lie in a temporary folder, in float32; gone with the object."""
+
+    def __init__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="mlx-compress-moments-"))
+        self.remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.files: dict[tuple, Path] = {}
+
+    def __getitem__(self, key: tuple) -> np.ndarray:
+        return np.load(self.files[key]).astype(np.float64)
+
+    def __setitem__(self, key: tuple, array: np.ndarray) -> None:
+        free = shutil.disk_usage(self.folder).free
+        needed = array.size * 4
+        if needed > free:
+            raise ResourceError(
+                f"{self.folder}: second moments need {needed / 1e9:.1f} GB more, {free / 1e9:.1f} "
+                "GB are free; point TMPDIR to a larger disk, or give --no-refit."
+            )
+        file = self.files.setdefault(key, self.folder / f"{len(self.files)}.npy")
+        np.save(file, array.astype(np.float32))
+
+    def __delitem__(self, key: tuple) -> None:
+        self.files.pop(key).unlink()
+
+    def __iter__(self):
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
 class SecondMoments:
     """Adds batches up; a place's sums go to `held` when the last batch of a pass has come."""
 
@@ -95,7 +133,8 @@ def _halves(x: mx.array) -> np.ndarray:
     middle = x.shape[0] // 2
     parts = [part.T @ part for part in (x[:middle], x[middle:])]
     mx.eval(parts)
-    return np.stack([np.array(part, dtype=np.float64) for part in parts])
+    return np.stack([np.array(part, dtype=np.float64 if x.shape[1] <= FINE else np.float32)
+                     for part in parts])  # fmt: skip
 
 
 def as_matrices(array: mx.array, place, halves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -169,10 +169,10 @@ def test_criteria_prints_a_row_for_each_criterion(folder, text_folder, capsys):
     out = text_folder / "result.json"
     run_criteria(folder, text_folder, out, "--markdown")
     printed = capsys.readouterr().out
-    for name in criteria.CRITERION_ORDER:
-        assert f"\n| {name} | " in printed
+    for name in criteria.CRITERIA:
+        assert f"\n| {name} | " in printed and f"\n| {name} + refit | " in printed
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 2 * (len(criteria.CRITERION_ORDER) + 1)
+    assert len(rows) == 2 * 2 * (len(criteria.CRITERIA) + 1)
     for row in rows:
         low, high = (row["paired"]["nats_per_token"][end] for end in ("low", "high"))
         assert low <= row["paired"]["nats_per_token"]["estimate"] <= high

@@ -35,6 +35,11 @@ def test_what_cannot_be_told_apart_goes_to_the_cheaper():
     assert decide(candidates(worse=0.5, cheap=0.0, dear=0.0)).winner.name == "cheap"
 
 
+def test_random_is_compared_with_and_never_wins():
+    verdict = decide(candidates(random=-0.5, cheap=0.1, dear=0.0))
+    assert verdict.winner.name == "dear" and verdict.behind["random"][2] < 0
+
+
 def test_the_verdict_can_be_read_in_the_report():
     document = decide(candidates(cheap=0.02, dear=0.0)).document()
     assert [(d["criterion"], d["chosen"]) for d in document] == [("cheap", False), ("dear", True)]
@@ -54,12 +59,12 @@ def test_a_model_is_planned_by_the_criterion_that_loses_least(tmp_path):
     tiny.save(tiny.LLAMA, tmp_path)
     planned = recipe.make_plan(recipe.open_model(tmp_path), OPTIONS, windows())
     names = [candidate.name for candidate in planned.verdict.candidates]
-    assert names == [name for name in CRITERIA if name != "random"]
+    assert names == list(CRITERIA) and planned.verdict.winner.name != "random"
     assert all(len(c.losses) == 4 for c in planned.verdict.candidates)  # a quarter of 16
     assert planned.plan.recipe["chosen"] == planned.verdict.winner.name
     assert planned.plan.cuts == planned.verdict.winner.plan.cuts
     low = {name: ends[1] for name, ends in planned.verdict.behind.items()}
-    before = names[: names.index(planned.verdict.winner.name)]
+    before = set(names[: names.index(planned.verdict.winner.name)]) - {"random"}
     assert low[planned.verdict.winner.name] <= 0 and all(low[name] > 0 for name in before)
 
 

@@ -1,5 +1,7 @@
 """The refit is the least squares fit that a slow solver finds, and never forgets what it keeps."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -13,12 +15,13 @@ from mlx_compress.axes import named_axes
 from mlx_compress.calibrate import calibrate
 from mlx_compress.contractions import contractions
 from mlx_compress.edit import edit_graph
+from mlx_compress.errors import ResourceError
 from mlx_compress.execute import run
 from mlx_compress.graph import trace
 from mlx_compress.plan import Cut, PrunePlan
 from mlx_compress.prune import prune_parameters, pruned_fetch
 from mlx_compress.refit import LAMBDAS, fit_kept, refit
-from mlx_compress.second import patches, window_of
+from mlx_compress.second import OnDisk, patches, window_of
 
 
 def least_squares(x, weight, keep, lam):
@@ -177,3 +180,25 @@ def test_second_moments_are_sums_over_tokens_of_two_halves():
             for row in part.reshape(-1, 6):
                 want[half] += np.outer(row, row)
     np.testing.assert_allclose(moments, want, rtol=1e-4)
+
+
+def test_moments_on_disk_serve_the_same_fit_in_float32():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((50, 8))
+    held = OnDisk()
+    held[3, None, None] = np.stack([x[:25].T @ x[:25], x[25:].T @ x[25:]])
+    weight, keep = rng.standard_normal((8, 3)), np.array([0, 2, 5])
+    want, _ = fit_kept(weight, np.stack([x[:25].T @ x[:25], x[25:].T @ x[25:]]), keep)
+    np.testing.assert_allclose(fit_kept(weight, held[3, None, None], keep)[0], want, rtol=1e-4)
+    assert len(held) == 1 and list(held) == [(3, None, None)]
+    folder = held.folder
+    assert folder.exists()
+    del held
+    assert not folder.exists()
+
+
+def test_a_full_disk_is_said_with_the_remedy(monkeypatch):
+    held = OnDisk()
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10))
+    with pytest.raises(ResourceError, match="point TMPDIR to a larger disk, or give --no-refit"):
+        held[1, None, None] = np.ones((2, 4, 4))
