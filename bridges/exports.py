@@ -93,6 +93,12 @@ def export(
     return done
 
 
+def runner_of(target: str, folder: Path, options: ExportOptions) -> Runner | None:
+    """What runs an export that lies in a folder; None where it cannot run on this machine."""
+    kind = target_named(target, options)
+    return kind.runner(folder / kind.file, options)
+
+
 def target_named(target: str, options: ExportOptions) -> Target:
     """The row of the table. Raises `InputError` for what it does not know, or lacks."""
     if target not in TARGETS:
