@@ -123,6 +123,12 @@ def _layer_norm(x, axes, epsilon, gamma=1.0, beta=0.0):
     return off / np.sqrt((off**2).mean(axis=axes, keepdims=True) + epsilon) * gamma + beta
 
 
+def _batch_norm(x, mean, variance, gamma=1.0, beta=0.0, epsilon=1e-5):
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    mean, scale = np.reshape(mean, shape), np.reshape(gamma / np.sqrt(variance + epsilon), shape)
+    return (x - mean) * scale + np.reshape(beta, np.shape(beta) and shape)
+
+
 def _attention(query, key, value, attn_mask=None):
     scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
     if attn_mask is not None and attn_mask.dtype == bool:
@@ -336,7 +342,8 @@ UNARY = {
     "abs": np.abs, "acos": np.arccos, "asin": np.arcsin, "atan": np.arctan, "atanh": np.arctanh,
     "ceil": np.ceil, "cos": np.cos, "cosh": np.cosh, "erf": _erf, "exp": np.exp,
     "floor": np.floor, "identity": lambda x: x, "logical_not": np.logical_not,
-    "round": np.round, "sigmoid": _sigmoid, "sign": np.sign, "silu": lambda x: x * _sigmoid(x),
+    "relu": lambda x: np.maximum(x, 0), "round": np.round, "sigmoid": _sigmoid,
+    "sign": np.sign, "silu": lambda x: x * _sigmoid(x),
     "sin": np.sin, "sinh": np.sinh, "softplus": lambda x: np.logaddexp(x, 0), "sqrt": np.sqrt,
     "square": np.square, "tan": np.tan, "tanh": np.tanh,
     "shape": lambda x: np.array(x.shape, np.int32),
@@ -359,6 +366,7 @@ RULES = {
     "reduce_argmax": _arg(np.argmax),
     "reduce_argmin": _arg(np.argmin),
     "argsort": _argsort,
+    "batch_norm": _batch_norm,
     "cast": _cast,
     "concat": lambda values, axis, interleave=False: np.concatenate(values, axis=axis),
     "constexpr_blockwise_shift_scale": _shift_scale,

@@ -136,9 +136,9 @@ def slice_update(x, a, out):
 
 def gather(x, a, out):
     axes, sizes = a
-    source, indices = x[0], [cast(i, "int32") for i in x[1:]]
+    source, indices = ints(x[0]), [cast(i, "int32") for i in x[1:]]
     whole = [k for k in range(source.rank) if k not in axes]
-    if any(sizes[k] != (1 if k in axes else shape_of(source)[k]) for k in range(source.rank)):
+    if any(sizes[k] != (1 if k in axes else shape_of(x[0])[k]) for k in range(source.rank)):
         raise InputError(f"Gather of partial slices {tuple(sizes)} has no rule in Core ML.")
     if len(axes) == 1:
         taken = _take(source, indices[0], axes[0])
@@ -147,7 +147,7 @@ def gather(x, a, out):
         moved = source if order == sorted(order) else mb.transpose(x=source, perm=order)
         taken = mb.gather_nd(x=moved, indices=mb.stack(values=indices, axis=-1))
     lead = len(out[0].shape) - source.rank
-    return mb.expand_dims(x=taken, axes=[lead + k for k in sorted(axes)])
+    return mb.expand_dims(x=cast(taken, type_of(x[0])), axes=[lead + k for k in sorted(axes)])
 
 
 def _take(source, indices, axis: int):
@@ -208,7 +208,7 @@ SCATTER_MODES = ("max", "min", "add", "mul", "update")
 def scatter(x, a, out):
     """Updates of whole rows, placed by indices into the first axes."""
     code, axes = a
-    source, indices, updates = x[0], x[1:-1], x[-1]
+    source, indices, updates = ints(x[0]), x[1:-1], ints(x[-1])
     lead = updates.rank - source.rank
     windows = updates.shape[lead:]
     if list(axes) != [*range(len(axes))] or any(n != 1 for n in windows[: len(axes)]):
@@ -216,7 +216,9 @@ def scatter(x, a, out):
     rows = mb.squeeze(x=updates, axes=[lead + k for k in range(len(axes))])
     where = mb.stack(values=[cast(i, "int32") for i in indices], axis=-1)
     source, rows = alike([source, rows])
-    return mb.scatter_nd(data=source, indices=where, updates=rows, mode=SCATTER_MODES[min(code, 4)])
+    mode = SCATTER_MODES[min(code, len(UPDATES))]
+    changed = mb.scatter_nd(data=source, indices=where, updates=rows, mode=mode)
+    return cast(changed, type_of(x[0]))
 
 
 # ---- made of nothing

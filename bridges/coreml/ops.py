@@ -48,6 +48,15 @@ def _binary(name: str):
     return rule
 
 
+def _maximum(x, a, out):
+    """With zero it is Core ML's relu, which it fuses."""
+    for var, other in (x, x[::-1]):
+        zero = other.val is not None and other.rank <= 1 and not np.any(other.val)
+        if zero and is_float(var) and var.rank >= 1:
+            return mb.relu(x=var)
+    return _binary("maximum")(x, a, out)
+
+
 def _logical(name: str):
     return lambda x, a, out: getattr(mb, name)(x=cast(x[0], "bool"), y=cast(x[1], "bool"))
 
@@ -215,7 +224,7 @@ OPS = {
     **{name: _binary(mil) for name, mil in {
         "Add": "add", "Divide": "real_div", "FloorDivide": "floor_div", "Greater": "greater",
         "GreaterEqual": "greater_equal", "Less": "less", "LessEqual": "less_equal",
-        "Maximum": "maximum", "Minimum": "minimum", "Multiply": "mul", "NotEqual": "not_equal",
+        "Minimum": "minimum", "Multiply": "mul", "NotEqual": "not_equal",
         "Power": "pow", "Remainder": "mod", "Subtract": "sub",
     }.items()},
     **{name: _logical(mil) for name, mil in {
@@ -255,6 +264,7 @@ OPS = {
     ),
     "LogicalNot": lambda x, a, out: mb.logical_not(x=cast(x[0], "bool")),
     "Matmul": _matmul,
+    "Maximum": _maximum,
     "Negative": lambda x, a, out: _scaled(x[0], -1),
     "Pad": pad,
     "Partition": _sort,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...errors import InputError
 from .quiet import Program, ct, no_progress
 
 # Of coremltools' passes those that find anything in what the rules write: each costs a check of the
@@ -17,8 +18,8 @@ PASSES = [
         "sanitize_input_output_names", "divide_to_multiply", "select_optimization",
         "const_deduplication", "fuse_matmul_weight_bias", "compose_conv1d",
         "merge_consecutive_paddings", "fuse_pad_conv", "reduce_transposes",
-        "fuse_elementwise_to_batchnorm", "fuse_conv_batchnorm", "fuse_conv_scale",
-        "fuse_conv_bias", "merge_consecutive_reshapes", "merge_consecutive_transposes",
+        "fuse_conv_bias", "fuse_conv_scale", "fuse_conv_bias", "fuse_conv_scale",
+        "merge_consecutive_reshapes", "merge_consecutive_transposes",
         "fuse_transpose_matmul", "expand_high_rank_reshape_and_transpose", "remove_redundant_ops",
         "guard_negative_gather_indices", "dead_code_elimination", "cast_optimization",
         "const_elimination", "canonicalize_inplace_pattern", "prefer_state_in_downstream",
@@ -31,18 +32,25 @@ WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
 
 
 def write_package(program: Program, path: Path, *, inputs: list, target) -> None:
-    """Run coremltools' passes over `program`, which is used up, and write the package."""
+    """Run coremltools' passes over `program`, which is used up, and write the package.
+
+    Raises `InputError` for what Core ML does not hold, such as an array of six axes.
+    """
     with _silenced():
-        ct.convert(
-            program,
-            convert_to="mlprogram",
-            minimum_deployment_target=target,
-            inputs=inputs,
-            compute_precision=ct.precision.FLOAT32,  # the types are chosen already
-            pass_pipeline=ct.PassPipeline(PASSES, pipeline_name="mlx_compress"),
-            skip_model_load=True,
-            package_dir=str(path),
-        )
+        try:
+            ct.convert(
+                program,
+                convert_to="mlprogram",
+                minimum_deployment_target=target,
+                inputs=inputs,
+                compute_precision=ct.precision.FLOAT32,  # the types are chosen already
+                pass_pipeline=ct.PassPipeline(PASSES, pipeline_name="mlx_compress"),
+                skip_model_load=True,
+                package_dir=str(path),
+            )
+        except ValueError as refused:
+            words = " ".join(str(refused).split())
+            raise InputError(f"Core ML cannot hold it: {words}") from refused
 
 
 FIELDS = {
