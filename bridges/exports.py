@@ -226,7 +226,9 @@ def _write_coreml(program, path, options, cases) -> list[str]:
 
 
 def _run_coreml(path, options):
-    return None
+    from .coreml.run import comparer
+
+    return comparer(path, compute_units=options.compute_units)
 
 
 def _write_torch(program, path, options, cases) -> list[str]:

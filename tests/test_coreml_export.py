@@ -11,12 +11,20 @@ from mlx.utils import tree_flatten
 from mlx_compress.bridges.coreml.export import export_coreml
 from mlx_compress.bridges.coreml.package import SPEC, WEIGHTS
 from mlx_compress.bridges.coreml.prepare import prepare
-from mlx_compress.bridges.coreml.run import checked_feeds, load, read_package
+from mlx_compress.bridges.coreml.run import (
+    Model,
+    checked_feeds,
+    comparer,
+    in_order,
+    load,
+    read_package,
+)
 from mlx_compress.bridges.decoder import module_program
 
 import tiny
 from mil_reference import Package
 from mlx_compress.errors import InputError
+from mlx_compress.parity import Case, compare
 from mlx_compress.program import program_of
 from zoo_coreml import PROMPT, decode
 from zoo_exports import stock_decode, worst
@@ -327,8 +335,29 @@ def test_inputs_that_do_not_fit_are_named(package):
 def test_running_needs_a_mac(package):
     with pytest.raises(InputError, match="Core ML runs on macOS only; open the package on a Mac"):
         load(package)
+    assert comparer(package) is None
     with pytest.raises(InputError, match="compute_units 'NPU' is not known"):
         load(package, compute_units="NPU")
+
+
+class Evaluated:
+    """Stands for Core ML's model: the same call, computed by the evaluator."""
+
+    def __init__(self, path):
+        self.package = Package(path)
+
+    def predict(self, feeds):
+        return dict(reversed(self.package(feeds).items()))
+
+
+def test_a_model_runs_in_the_names_and_the_order_of_its_program(program, tmp_path):
+    for past in (0, 3):
+        path = tmp_path / f"past{past}.mlpackage"
+        sizes = {"length": 4, "past": past}
+        export_coreml(program, path, dtype="float32", shapes=sizes)
+        run = in_order(Model(read_package(path), Evaluated(path)))
+        (found,) = compare(program, run, [Case("random", program.feeds(sizes))])
+        assert found.max_error < 1e-5
 
 
 @pytest.mark.skipif(sys.platform != "darwin", reason="Core ML runs on macOS only")

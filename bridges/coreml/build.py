@@ -10,6 +10,7 @@ from ...sizes import Size
 from ...stream import Fetch
 from .compressed import weight
 from .ops import OPS
+from .package import feature_name
 from .quantised import Packed
 from .quiet import Function, Program, mb, types
 from .scope import Scope, building, scope
@@ -45,11 +46,6 @@ def features(graph: Graph, names: Iterable[str], floats: str) -> dict[int, Featu
             of_type = {"fp32": floats, "bool": "int32"}.get(held, held)
             out[number] = Feature(feature_name(name), value.shape, of_type)
     return out
-
-
-def feature_name(name: str) -> str:
-    """A name as Core ML takes them: letters, digits and underscores."""
-    return "".join(c if c.isalnum() and c.isascii() else "_" for c in name)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from ...errors import InputError
 from ...program import Program
 from ...quantize import quantize_program
 from ...sizes import size_named
-from .build import Plan, build, feature_name, features
-from .package import describe, palettize, write_package
+from .build import Plan, build, features
+from .package import describe, feature_name, palettize, write_package
 from .prepare import prepare
 from .quiet import ct
 from .run import UNITS

@@ -94,3 +94,8 @@ def describe(path: Path, metadata: Mapping[str, str], features: Mapping[str, str
     for feature in (*described.input, *described.output, *described.state):
         feature.shortDescription = features.get(feature.name, "")
     (path / SPEC).write_bytes(spec.SerializeToString())
+
+
+def feature_name(name: str) -> str:
+    """A name as Core ML takes them: letters, digits and underscores."""
+    return "".join(c if c.isalnum() and c.isascii() else "_" for c in name)

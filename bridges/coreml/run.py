@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
-from .package import SPEC, WEIGHTS
+from .package import SPEC, WEIGHTS, feature_name
 from .quiet import ct
 
 UNITS = ("ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE")
@@ -62,6 +62,29 @@ def run_coreml(
 ) -> dict[str, np.ndarray]:
     """Open a package, run it once, and return its outputs by name."""
     return load(path, compute_units=compute_units).run(feeds)
+
+
+def comparer(path: str | Path, *, compute_units: str = "ALL"):
+    """A function from a program's inputs to the outputs in order, for `parity.compare`.
+
+    None where there is nothing to compare: off a Mac, or where the cache is in states.
+    """
+    spec = read_package(path)
+    if sys.platform != "darwin" or spec.description.state:
+        return None
+    return in_order(load(path, compute_units=compute_units))
+
+
+def in_order(model: Model):
+    """The model as a function of a program's inputs, in its names; empty ones are left out."""
+    names = [feature.name for feature in model.spec.description.output]
+
+    def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        held = {feature_name(name): array for name, array in feeds.items() if np.size(array)}
+        got = model.run(held)
+        return [got[name] for name in names]
+
+    return run
 
 
 def read_package(path: str | Path):
