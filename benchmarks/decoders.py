@@ -4,7 +4,8 @@
 
 Peers: the same folder exported by this project and by onnxruntime-genai's builder, in float32 and
 with 4-bit weights in blocks of 32 (activations rounded to int8, on both sides), run in one harness
-(`sessions.py`). Goal: at least as fast.
+(`sessions.py`). MLX's own 4 bits have a zero point for each block, the builder's have none: ours
+are measured in both ways. Goal: at least as fast.
 
 Pruned: prefill in float32 after channels and heads were cut. Goal: of the factor by which FLOPs
 fall, at least 0.85 shows as speed.
@@ -20,14 +21,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+
+import mlx.core as mx
 
 from ..report import machine, write_report
 from .lean import Size, write_model
 from .sessions import medians_ms, open_session, share_threads, step
 
 STEPS = {"prefill 128": (128, 0), "decode at 128": (1, 128), "decode at 1024": (1, 1024)}
-CAPACITY = 2048
+CAPACITY, BLOCK = 2048, 32
 RANDOM = Size(layers=8, hidden=512, ffn=1536, heads=8, kv_heads=4, vocab=8192)
 LARGE = Size()
 RATIOS = (0.3, 0.5)
@@ -41,13 +45,34 @@ def export_ours(folder: Path, out: Path) -> dict[str, Path]:
     from ..quantize import quantize_program
 
     program = open_program(folder)
-    packed, _ = quantize_program(program, bits=4, group_size=32)
+    packed, _ = quantize_program(program, bits=4, group_size=BLOCK)
+    kinds = {"fp32": program, "int4": packed, "int4 symmetric": symmetric(program, packed)}
     files = {}
-    for precision, one in (("fp32", program), ("int4", packed)):
+    for precision, one in kinds.items():
         for cache in ("grow", "buffer"):
-            path = out / f"{precision}-{cache}.onnx"
+            path = out / f"{precision.replace(' ', '-')}-{cache}.onnx"
             files[f"{precision} {cache}"] = export_onnx(one, path, cache=cache).path
     return files
+
+
+def symmetric(program, packed):
+    """The packed program with a scale alone for each block, as onnxruntime-genai's builder does."""
+
+    def parts(weight) -> dict:
+        blocks = weight.reshape(weight.shape[0], -1, BLOCK)
+        scales = mx.maximum(mx.abs(blocks).max(-1) / 7, 1e-9)
+        codes = mx.clip(mx.round(blocks / scales[..., None]) + 8, 0, 15).astype(mx.uint32)
+        eights = codes.reshape(weight.shape[0], -1, 8)
+        bits = (eights << (4 * mx.arange(8, dtype=mx.uint32))).sum(-1)
+        return {"packed": bits.astype(mx.uint32), "scales": scales, "biases": -8 * scales}
+
+    def one(path: str):
+        weight, _, part = path.rpartition(".")
+        if weight not in program.graph.parameters:
+            return program.fetch([path])[path]
+        return parts(program.fetch([weight])[weight])[part]
+
+    return replace(packed, fetch=lambda paths: {path: one(path) for path in paths})
 
 
 def export_theirs(folder: Path, out: Path) -> dict[str, Path]:
@@ -62,7 +87,8 @@ def export_theirs(folder: Path, out: Path) -> dict[str, Path]:
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1]
             raise SystemExit(f"onnxruntime-genai's builder failed: {reason}")
-        files[f"{precision} onnxruntime-genai"] = place / "model.onnx"
+        name = {"fp32": "fp32", "int4": "int4 symmetric"}[precision]
+        files[f"{name} onnxruntime-genai"] = place / "model.onnx"
     return files
 
 

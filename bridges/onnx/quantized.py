@@ -128,7 +128,7 @@ def _container(bits: int) -> int:
 def _blocks(parts: Sequence[Handle], group: int, bits: int):
     """Codes uint8 [..., out, blocks, bytes], scales [..., out, blocks], zeros, and what is left.
 
-    The last is None where there is nothing.
+    The last two are None where they say nothing: zeros in the middle of the range, and no rest.
     """
     _require_static(parts)
     builder = current()
@@ -145,9 +145,11 @@ def _blocks(parts: Sequence[Handle], group: int, bits: int):
         scale, bias = pair()
         return bias + _zeros(scale, bias, room) * scale
 
-    def is_left() -> bool:
-        largest = np.abs(pair()[0]).max() * 2**bits
-        return bool(np.abs(rest()).max() > NOTHING * largest)
+    def needless() -> dict[str, bool]:
+        scale, bias = pair()
+        largest = np.abs(scale).max() * 2**bits
+        middle = bool((_zeros(scale, bias, room) == 2 ** (room - 1)).all())
+        return {"zeros": middle, "rest": bool(np.abs(rest()).max() <= NOTHING * largest)}
 
     kind = builder.type_of(mx.float32)
     made = {
@@ -161,9 +163,8 @@ def _blocks(parts: Sequence[Handle], group: int, bits: int):
     for suffix, (last, dtype, make) in made.items():
         builder.recipes[f"{name}.{suffix}"] = make
         out.append(Handle((*lead, *last), dtype, static=Static(f"{name}.{suffix}")))
-    if not builder.remember(("is left", name), is_left):
-        out[-1] = None
-    return out
+    left_out = builder.remember(("needless", name), needless)
+    return [None if left_out.get(k) else h for k, h in zip(made, out, strict=True)]
 
 
 def _zeros(scale: np.ndarray, bias: np.ndarray, bits: int) -> np.ndarray:
