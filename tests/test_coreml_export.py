@@ -87,6 +87,16 @@ def test_sizes_to_choose_from_go_together(program, tmp_path):
         checked_feeds(package.spec, feeds)
 
 
+def test_a_cache_in_states_has_room_for_what_is_asked(program, tmp_path):
+    for shapes, context in (({}, 2048), ({"past": (1, 40)}, 40), ({"past": 30, "length": 1}, 30)):
+        path = tmp_path / f"{context}.mlpackage"
+        export_coreml(program, path, shapes=shapes, stateful=True)
+        assert Package(path).state()["key_cache"].shape == (1, 1, 2, context, 8)
+        tokens = read_package(path).description.input[0].type.multiArrayType
+        upper = [r.upperBound for r in tokens.shapeRange.sizeRanges] or list(tokens.shape)
+        assert upper == [1, 1 if "length" in shapes else min(512, context)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_cache_in_states_decodes_the_tokens_of_stock_mlx_lm(tmp_path, dtype):
     module = tiny.build({**LLAMA, "num_hidden_layers": 2}, seed=1)

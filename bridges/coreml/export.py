@@ -6,11 +6,12 @@ Shapes. A named size is fixed (an int), a range `(low, high)`, or a list of size
 the k-th of every list go together. A size that is not given is the program's example. A past of 0
 has no inputs. Names of inputs and outputs are the program's, with underscores for dots.
 
-State. With `stateful`, keys and values stay in the model, `context` of them, in states `key_cache`
-and `value_cache` (several where layers differ). As in Apple's own samples the inputs are
-`input_ids` [batch, length] and `causal_mask` [1, 1, length, past + length], and the mask's shape
-says where the tokens go; its contents are not read, for the model makes its own masks. States are
-float16 whatever the program is.
+State. With `stateful`, keys and values stay in the model, in states `key_cache` and `value_cache`
+(several where layers differ) with room for `context` tokens: that many, or the largest past of
+`shapes`, or 2048. A step takes 1 to 512 tokens unless `shapes` say otherwise. As in Apple's own
+samples the inputs are `input_ids` [batch, length] and `causal_mask` [1, 1, length, past + length],
+and the mask's shape says where the tokens go; its contents are not read, for the model makes its
+own masks. States are float16 whatever the program is.
 """
 
 import shutil
@@ -33,6 +34,7 @@ from .scope import IOS18
 from .spans import Span, Spans
 from .state import TOTAL, by_total, with_states
 
+CONTEXT, STEP = 2048, 512  # tokens
 FLOATS = {"float16": "fp16", "float32": "fp32"}
 QUANTIZE = {
     "int4": ("int", 4), "int8": ("int", 8),
@@ -65,7 +67,7 @@ def export_coreml(
     dtype: str = "float16",
     shapes: Mapping[str, Span] | None = None,
     stateful: bool = False,
-    context: int = 2048,
+    context: int | None = None,
     quantize: str | None = None,
     group_size: int = 64,
     minimum_deployment_target: str = "iOS18",
@@ -92,6 +94,8 @@ def export_coreml(
     notes: list[str] = []
     if how == "int":
         program, notes = quantize_program(program, bits=bits, group_size=group_size)
+    if stateful:
+        shapes, context = _of_states(shapes or {}, context)
     spans = _spans(program, shapes or {}, context if stateful else None)
     plan = _plan(program, spans, floats, context if stateful else None)
     with _temporary(path) as folder:
@@ -120,6 +124,14 @@ def _words(plan: Plan) -> dict[str, str]:
         name: f"{next((w for start, w in ROLES.items() if name.startswith(start)), '')} [{sizes}]"
         .strip() for name, sizes in axes.items()
     }  # fmt: skip
+
+
+def _of_states(shapes: Mapping[str, Span], context: int | None) -> tuple[dict[str, Span], int]:
+    """Sizes for a package with states: steps of one token and of many, unless they are given."""
+    past = shapes.get("past", CONTEXT)
+    context = context or (past if isinstance(past, int) else max(past)) or CONTEXT
+    steps = {"batch": 1, "length": (1, min(STEP, context))}
+    return {**steps, **{n: s for n, s in shapes.items() if n != "past"}}, context
 
 
 def _spans(program: Program, asked: Mapping[str, Span], context: int | None) -> Spans:
