@@ -8,6 +8,7 @@ A rule of `ops.py` works on handles. A handle is a tensor of the ONNX graph, or 
 *view* of other handles (`views.py`), which becomes nodes only if a node reads it so.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -74,15 +75,6 @@ class Handle:
         return held if held is not None and held.kind == kind and self.name is None else None
 
 
-@dataclass(frozen=True)
-class Weight:
-    """An initializer that is computed when the file is written."""
-
-    shape: tuple[int, ...]
-    dtype: int
-    static: Static
-
-
 class Builder:
     """The ONNX graph under construction; `with builder:` makes it the one that rules write to.
 
@@ -101,13 +93,14 @@ class Builder:
         self.buffer = buffer
         self.nodes: list[NodeProto] = []
         self.count = 0
-        self.weights: dict[str, Weight] = {}
+        self.weights: dict[str, Handle] = {}
         self.recipes: dict[str, Callable[[], mx.array | np.ndarray]] = {}
         self.arrays: dict[str, np.ndarray] = {}
         self.notes: list[str] = []
         self.memo: dict[tuple, Handle] = {}
         self.paths = {number: path for path, number in reversed(graph.parameters.items())}
         self.tables = {n.inputs[0] for n in graph.nodes if n.op == "Gather"} & self.paths.keys()
+        self.readers = Counter([*(i for n in graph.nodes for i in n.inputs), *graph.outputs])
         self.inputs = {
             i: Handle(graph.values[i].shape, self.type_of(graph.values[i].dtype), name)
             for i, name in zip(graph.inputs, names, strict=True)
@@ -141,6 +134,17 @@ class Builder:
         (result,), _ = execute(self.graph, part.nodes, known, outputs=[value])
         return result
 
+    def contents(self, handle: Handle) -> np.ndarray:
+        """A static handle's array, in its type; nothing of it stays in memory."""
+        array, kind = self.array(handle.static.value), helper.tensor_dtype_to_np_dtype(handle.dtype)
+        if isinstance(array, mx.array):
+            if mx.issubdtype(array.dtype, mx.floating):
+                array = array.astype({2: mx.float16, 4: mx.float32}[kind.itemsize])
+            array = np.array(array)
+        for _, step in handle.static.steps:
+            array = step(array)
+        return array.astype(kind, copy=False)
+
     def remember(self, key: tuple, make: Callable):
         """What `make()` returned when the key was first asked for."""
         if key not in self.memo:
@@ -157,15 +161,17 @@ class Builder:
         return handle.name
 
     def _initializer(self, handle: Handle) -> str:
-        static = handle.static
-        base = self.paths.get(static.value, static.value)
-        base = base if isinstance(base, str) else f"value.{base}"
-        name = ".".join([base, *(key for key, _ in static.steps)])
-        wanted = Weight(handle.shape, handle.dtype, static)
-        if self.weights.get(name, wanted).dtype != handle.dtype:
+        name = self.label(handle)
+        if self.weights.get(name, handle).dtype != handle.dtype:
             name += f".{TensorProto.DataType.Name(handle.dtype).lower()}"
-        self.weights.setdefault(name, wanted)
+        self.weights.setdefault(name, handle)
         return name
+
+    def label(self, handle: Handle) -> str:
+        """What a static handle is called: by the parameter's path where it is one."""
+        base = self.paths.get(handle.static.value, handle.static.value)
+        base = base if isinstance(base, str) else f"value.{base}"
+        return ".".join([base, *(key for key, _ in handle.static.steps)])
 
     def unique(self, stem: str) -> str:
         self.count += 1

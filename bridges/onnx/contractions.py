@@ -9,11 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ...errors import InputError
 from . import experts
 from .builder import Handle, cast, constant, current, dynamic_float, emit
-from .extents import ints, times
-from .views import lazily, reshape, then, transpose
+from .extents import times
+from .views import lazily, reshape, transpose
 
 
 def matmul(x, a, out):
@@ -21,13 +20,13 @@ def matmul(x, a, out):
 
 
 def product(left: Handle, right: Handle, shape: tuple) -> Handle:
-    left, right = _contracted(left, right)
+    left, right = contracted(left, right)
     if _is_tied(right) and len(right.shape) == 2:
         return _by_gemm(left, transpose(right, (1, 0)), shape)
     return emit("MatMul", left, right, shape=shape)
 
 
-def _contracted(left: Handle, right: Handle) -> tuple[Handle, Handle]:
+def contracted(left: Handle, right: Handle) -> tuple[Handle, Handle]:
     """In the type of the weight, so that it is stored once; of two computed ones, in half."""
     held = [h.dtype for h in (left, right) if h.static]
     wanted = held[0] if held else dynamic_float((left, right), left.dtype)
@@ -80,67 +79,4 @@ def add_matmul(x, a, out):
 
 
 def gather_mm(x, a, out):
-    return experts.gather_mm(*_contracted(x[0], x[1]), x[2:], out[0].shape)
-
-
-def convolution(x, a, out):
-    """MLX keeps channels last, and weights [out, spatial..., in / groups]; ONNX first."""
-    stride, low, high, kernel_dilation, input_dilation, groups, flip = a
-    left, weight = _contracted(x[0], x[1])
-    rank = len(left.shape)
-    forward, back = (0, rank - 1, *range(1, rank - 1)), (0, *range(2, rank), 1)
-    first = transpose(left, forward)
-    shape = tuple(out[0].shape[k] for k in forward)
-    upsampled = any(n != 1 for n in input_dilation)
-    if bool(flip) != upsampled:
-        weight = _flipped(weight)
-    weight = transpose(weight, forward)
-    how = {"dilations": list(kernel_dilation), "group": groups}
-    if not upsampled:
-        first, low, high = _cropped(first, low, high)
-        how |= {"pads": [*low, *high], "strides": list(stride)}
-        y = emit("Conv", first, weight, shape=shape, **how)
-    else:
-        y = _upsampling(first, weight, stride, low, high, input_dilation, groups, shape, how)
-    return transpose(y, back)
-
-
-def _flipped(weight: Handle) -> Handle:
-    axes = tuple(range(1, len(weight.shape) - 1))
-    if weight.static:
-        return then(weight, "flipped", lambda array: np.flip(array, axes), weight.shape)
-    count = len(axes)
-    return emit("Slice", weight, ints([-1] * count), ints([-(2**63 - 1)] * count), ints(axes),
-                ints([-1] * count), shape=weight.shape)  # fmt: skip
-
-
-def _cropped(first: Handle, low, high):
-    """Negative padding cuts; ONNX's Conv only pads."""
-    if min(*low, *high, 0) == 0:
-        return first, low, high
-    count = len(low)
-    starts = [max(-n, 0) for n in low]
-    ends = [min(n, 0) or 2**63 - 1 for n in high]
-    cut = emit("Slice", first, ints(starts), ints(ends), ints(range(2, 2 + count)),
-               shape=(*first.shape[:2], *[None] * count))  # fmt: skip
-    return cut, [max(n, 0) for n in low], [max(n, 0) for n in high]
-
-
-def _upsampling(first, weight, stride, low, high, dilation, groups, shape, how) -> Handle:
-    """A convolution over an input spread out with zeros, as ConvTranspose."""
-    spans = [(k - 1) * d for k, d in zip(weight.shape[2:], how["dilations"], strict=True)]
-    before = [span - n for span, n in zip(spans, low, strict=True)]
-    after = [span - n for span, n in zip(spans, high, strict=True)]
-    if any(n != 1 for n in stride) or min(before) < 0:
-        raise InputError(
-            f"a convolution with stride {tuple(stride)} over an input dilated by "
-            f"{tuple(dilation)} and padded by {tuple(low)} has no rule in ONNX."
-        )
-    outs, width = weight.shape[0], weight.shape[1]
-    spatial = weight.shape[2:]
-    split = reshape(weight, (groups, outs // groups, width, *spatial))
-    turned = transpose(split, (0, 2, 1, *range(3, 3 + len(spatial))))
-    weight = reshape(turned, (groups * width, outs // groups, *spatial))
-    return emit("ConvTranspose", first, weight, shape=shape, strides=list(dilation),
-                pads=[*before, *(max(n, 0) for n in after)],
-                output_padding=[max(-n, 0) for n in after], **how)  # fmt: skip
+    return experts.gather_mm(*contracted(x[0], x[1]), x[2:], out[0].shape)

@@ -6,6 +6,7 @@ import numpy as np
 
 from ...errors import InputError
 from ...execute import UPDATES, window
+from ...graph import Value
 from ...sizes import Size
 from .builder import INT32, INT64, Handle, cast, constant, emit
 from .extents import ints, number, plus
@@ -62,6 +63,14 @@ def split(x, a, out):
 
 def pad(x, a, out):
     axes, low, high = a
+    view = x[0].open_view("transpose")
+    if view:  # in the layout that the input lies in
+        shape = [0] * len(view.detail)
+        for k, n in zip(view.detail, out[0].shape, strict=True):
+            shape[k] = n
+        moved = ([view.detail[k] for k in axes], low, high)
+        inner = Value(tuple(shape), out[0].dtype)
+        return transpose(pad([view.parents[0], x[1]], moved, [inner]), view.detail)
     value = reshape(cast(x[1], x[0].dtype), ())
     return emit("Pad", x[0], ints((*low, *high)), value, ints(axes), shape=out[0].shape)
 

@@ -42,6 +42,11 @@ def reshape(handle: Handle, shape: Sequence) -> Handle:
         return then(handle, "x".join(map(str, shape)), lambda array: array.reshape(shape), shape)
     if handle.view and handle.view.kind == "reshape":
         return reshape(handle.view.parents[0], shape)
+    if handle.view and handle.view.kind == "transpose":
+        parent = handle.view.parents[0]
+        moved = [k for k in handle.view.detail if parent.shape[k] != 1]
+        if moved == sorted(moved):  # only axes of size 1 change their places
+            return reshape(parent, shape)
 
     def write() -> Handle:
         key = ("reshape", tensor(handle), shape)

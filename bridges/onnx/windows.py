@@ -47,19 +47,36 @@ def _kernel(image: tuple, shape: tuple, strides: tuple):
 def pooled(x: Handle, code: int, axes, shape: tuple) -> Handle | None:
     """A sum or maximum over whole windows, as pooling; None for anything else."""
     view = x.open_view("windows")
-    if view is None or code not in (2, 5):
+    found = (view.parents[0], *view.detail) if view else _tiles(x)
+    if found is None or code not in (2, 5):
         return None
-    sizes, steps = view.detail
+    image, sizes, steps = found
     count = len(sizes)
     if sorted(axes) != list(range(count + 1, 2 * count + 1)):
         return None
-    image = transpose(view.parents[0], (0, count + 1, *range(1, count + 1)))
+    image = transpose(image, (0, count + 1, *range(1, count + 1)))
     op = "MaxPool" if code == 5 else "AveragePool"
     places = x.shape[1 : count + 1]
     y = emit(op, image, kernel_shape=sizes, strides=steps, shape=(*image.shape[:2], *places))
     if code == 2:
         y = emit("Mul", y, constant(np.array(prod(sizes)), y.dtype), shape=y.shape)
     return reshape(transpose(y, (0, *range(2, count + 2), 1)), shape)
+
+
+def _tiles(x: Handle):
+    """The image, sizes and steps, where windows that do not overlap are made by reshaping."""
+    turned = x.open_view("transpose")
+    split = turned and turned.parents[0].open_view("reshape")
+    if not split:
+        return None
+    image, shape = split.parents[0], split.detail
+    count = len(image.shape) - 2
+    sizes, places = shape[2::2][:count], shape[1::2][:count]
+    order = (0, *range(1, 2 * count, 2), *range(2, 2 * count + 1, 2), 2 * count + 1)
+    same = shape[0] == image.shape[0] and shape[-1] == image.shape[-1]
+    tiled = len(shape) == 2 * count + 2 and image.shape[1:-1] == tuple(map(times, places, sizes))
+    fits = count > 0 and same and tiled and turned.detail == order
+    return (image, sizes, sizes) if fits else None
 
 
 def _picked(x: Handle, shape, strides, offset) -> Handle:

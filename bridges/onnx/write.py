@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ...errors import InputError, ResourceError
 from ...program import Program
 from ...sizes import Size
-from .builder import Builder, Handle, Weight, with_inner
+from .builder import Builder, Handle, with_inner
 
 OPSET = 23
 IR_VERSION = 11  # the first that knows opset 23
@@ -74,7 +73,7 @@ def _needed(nodes: list[NodeProto], outputs: list[str]) -> list[NodeProto]:
     return kept[::-1]
 
 
-def _bytes(weight: Weight) -> int:
+def _bytes(weight: Handle) -> int:
     return prod(weight.shape) * helper.tensor_dtype_to_np_dtype(weight.dtype).itemsize
 
 
@@ -100,7 +99,7 @@ def _info(name: str, handle: Handle):
 
 def _tensors(builder, weights, data_file, data: Path | None) -> Iterator[TensorProto]:
     for name, weight in weights.items():
-        array = np.asarray(compute(builder, weight), order="C")
+        array = np.asarray(builder.contents(weight), order="C")
         assert array.shape == weight.shape, (name, array.shape, weight.shape)
         tensor = TensorProto(name=name, dims=array.shape, data_type=weight.dtype)
         if data is None or array.nbytes < INLINE_BYTES:
@@ -113,19 +112,6 @@ def _tensors(builder, weights, data_file, data: Path | None) -> Iterator[TensorP
                 tensor.external_data.add(key=key, value=str(value))
             data_file.write(array.data)
         yield tensor
-
-
-def compute(builder: Builder, weight: Weight) -> np.ndarray:
-    """The contents of a weight; nothing of it stays in memory."""
-    array = builder.array(weight.static.value)
-    kind = helper.tensor_dtype_to_np_dtype(weight.dtype)
-    if isinstance(array, mx.array):
-        if mx.issubdtype(array.dtype, mx.floating):
-            array = array.astype({2: mx.float16, 4: mx.float32}[kind.itemsize])
-        array = np.array(array)
-    for _, step in weight.static.steps:
-        array = step(array)
-    return array.astype(kind, copy=False)
 
 
 @contextlib.contextmanager
