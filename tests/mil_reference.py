@@ -150,11 +150,9 @@ def _matmul(x, y, transpose_x=False, transpose_y=False):
     return x @ (y.swapaxes(-1, -2) if transpose_y else y)
 
 
-def _conv(x, weight, strides, pad_type, pad, dilations, groups, bias=None):
-    assert pad_type == "custom" or pad_type == "valid"
-    spatial = x.ndim - 2
-    pads = list(pad) if pad_type == "custom" else [0] * 2 * spatial
-    x = np.pad(x, [(0, 0), (0, 0), *zip(pads[::2], pads[1::2], strict=True)])
+def _conv(x, weight, strides, pad_type, pad, dilations, groups, bias=0.0):
+    assert pad_type == "custom"
+    x = np.pad(x, [(0, 0), (0, 0), *zip(pad[::2], pad[1::2], strict=True)])
     kernel = weight.shape[2:]
     out = [
         (n - d * (k - 1) - 1) // s + 1
@@ -172,9 +170,7 @@ def _conv(x, weight, strides, pad_type, pad, dilations, groups, bias=None):
             w = weight[(slice(g * per_out, (g + 1) * per_out), slice(None), *place)]
             part = seen[:, g * per_in : (g + 1) * per_in]
             result[:, g * per_out : (g + 1) * per_out] += np.einsum("oi,bi...->bo...", w, part)
-    if bias is not None:
-        result += bias.reshape(1, -1, *[1] * spatial)
-    return result
+    return result + np.reshape(bias, (1, -1, *[1] * (x.ndim - 2)))
 
 
 def _conv_transpose(x, weight, strides, pad_type, pad, dilations, groups):
