@@ -108,7 +108,7 @@ def peers(folder: Path, repeats: int) -> dict:
     return rows
 
 
-def pruned(folder: Path, repeats: int) -> dict:
+def pruned(folder: Path, repeats: int, threads: int | None = None) -> dict:
     """By ratio: FLOPs, milliseconds of prefill, and how much of the one shows in the other."""
     from ..bridges.onnx.export import export_onnx
     from ..bridges.programs import open_program
@@ -124,7 +124,7 @@ def pruned(folder: Path, repeats: int) -> dict:
         calls, flops = [], []
         for ratio, program in programs.items():
             path = export_onnx(program, Path(work, f"{ratio}.onnx")).path
-            session = open_session(path)
+            session = open_session(path, threads)
             calls.append(step(session, length=length, past=past, **sizes))
             flops.append(cost(program.at({"batch": 1, "length": length, "past": past})).flops)
         times = medians_ms(calls, repeats)

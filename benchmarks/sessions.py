@@ -26,11 +26,13 @@ def share_threads(count: int) -> None:
     ort.set_global_thread_pool_sizes(count, 1)
 
 
-def open_session(path: Path):
+def open_session(path: Path, threads: int | None = None):
+    """With threads of its own, or the shared ones."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.use_per_session_threads = False
+    options.use_per_session_threads = threads is not None
+    options.intra_op_num_threads = threads or 0
     options.log_severity_level = 4
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
