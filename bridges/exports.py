@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from ..parity import TOLERANCE, Case, Parity, Runner, compare, require
 from ..program import Program
 from ..quantize import quantize_program
 from ..sizes import sizes_of
+from .decoder import caches
 
 RECORD = "export.json"
+MANY = 512  # the most of a size that Core ML is to leave open, where nothing else is said
 ARITHMETIC = ("dynamic", "static")
 
 
@@ -29,7 +31,8 @@ ARITHMETIC = ("dynamic", "static")
 class Target:
     """`write(program, path, options, cases)` returns notes; `runner(path, options)` may be None.
 
-    `load` is the line of code that opens the file. `fixed` targets take the asked sizes alone.
+    `load` is the line of code that opens the file. `spans(program, options)` are the sizes that
+    it can be run at, where these are not open.
     `finish(path)` comes after the proof: what trades exactness for speed.
     """
 
@@ -40,7 +43,10 @@ class Target:
     needs: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ("int4", "int8")
     dtypes: tuple[str, ...] = ("float32",)
-    fixed: bool = False
+    spans: Callable[[Program, ExportOptions], Mapping] | None = None
+    tolerance: Callable[[Program, ExportOptions], float] = lambda _, options: (
+        TOLERANCE[options.dtype]
+    )
     finish: Callable[[Path], None] = lambda path: None
 
 
@@ -78,7 +84,8 @@ def export(
         program, notes = quantize_program(
             program, bits=int(options.quantize[3:]), group_size=options.group_size
         )
-    cases = [case for case in cases if not kind.fixed or _fits(program, case, options)]
+    if kind.spans is not None:
+        cases = [case for case in cases if _fits(program, case, kind.spans(program, options))]
     with new_folder(out, flag="-o") as folder:
         path = folder / kind.file
         notes += kind.write(program, path, options, cases)
@@ -121,10 +128,10 @@ def target_named(target: str, options: ExportOptions) -> Target:
     return kind
 
 
-def _fits(program: Program, case: Case, options: ExportOptions) -> bool:
+def _fits(program: Program, case: Case, sizes: Mapping[str, int | tuple[int, int]]) -> bool:
     """Whether a case has the sizes that a target of fixed shapes is written for."""
     found = sizes_of(program.graph, [case.feeds[name].shape for name in program.inputs])
-    asked = {**program.sizes, **options.sizes}
+    asked = {**program.sizes, **sizes}
     spans = {n: (s, s) if isinstance(s, int) else s for n, s in asked.items()}
     return all(spans[name][0] <= size <= spans[name][1] for name, size in found.items())
 
@@ -136,7 +143,7 @@ def _parity(program, kind: Target, path: Path, options: ExportOptions, cases) ->
         return []
     found = compare(program, runner, cases)
     if options.quantize not in ARITHMETIC:
-        require(found, TOLERANCE[options.dtype], path.name)
+        require(found, kind.tolerance(program, options), path.name)
     return found
 
 
@@ -218,11 +225,32 @@ def _write_coreml(program, path, options, cases) -> list[str]:
     from .coreml.export import export_coreml
 
     written = export_coreml(
-        program, path, dtype=options.dtype, shapes=options.sizes, stateful=options.stateful,
+        program, path, dtype=options.dtype, shapes=_shapes(program, options),
+        stateful=_keeps_cache(program, options),
         minimum_deployment_target=options.minimum_deployment_target,
         compute_units=options.compute_units,
     )  # fmt: skip
     return list(written.notes)
+
+
+def _keeps_cache(program: Program, options: ExportOptions) -> bool:
+    cached = any(caches(program))
+    return cached and (not options.sizes if options.stateful is None else options.stateful)
+
+
+def _shapes(program: Program, options: ExportOptions) -> dict:
+    """Any batch where nothing else is said, as in the other targets."""
+    if options.sizes or _keeps_cache(program, options):
+        return dict(options.sizes)
+    return {name: (1, MANY) for name in program.sizes if name != "past"}
+
+
+def _coreml_spans(program: Program, options: ExportOptions) -> dict:
+    """A cache that is kept starts empty, and takes steps of any length up to what is usual."""
+    shapes = _shapes(program, options)
+    if _keeps_cache(program, options):
+        return {"length": (1, MANY), **shapes, "past": 0}
+    return shapes
 
 
 def _run_coreml(path, options):
@@ -268,7 +296,10 @@ TARGETS = {
     "coreml": Target(
         "model.mlpackage", _write_coreml, _run_coreml,
         'model = coremltools.models.MLModel("{path}")',
-        needs=("coremltools",), dtypes=DTYPES, fixed=True,
+        needs=("coremltools",), dtypes=DTYPES, spans=_coreml_spans,
+        tolerance=lambda program, options: TOLERANCE[
+            "float16" if _keeps_cache(program, options) else options.dtype
+        ],  # Core ML keeps states in float16
     ),
     "torch": Target(
         "model.pt2", _write_torch, _run_torch, 'module = torch.export.load("{path}").module()',
@@ -276,6 +307,6 @@ TARGETS = {
     ),
     "mlxfn": Target(
         "model.mlxfn", _write_mlxfn, _run_mlxfn, 'function = mx.import_function("{path}")',
-        fixed=True,
+        spans=lambda program, options: options.sizes,
     ),
 }  # fmt: skip

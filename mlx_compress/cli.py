@@ -243,7 +243,11 @@ def export_model(
         bool, typer.Option("--no-cache", help="A language model without its KV cache.")
     ] = False,
     stateful: Annotated[
-        bool, typer.Option("--stateful", help="Keep the KV cache as state inside (coreml).")
+        bool | None,
+        typer.Option(
+            "--stateful/--no-stateful", show_default="where no --sizes are given",
+            help="Keep the KV cache as state inside (coreml).",
+        ),
     ] = EXPORT.stateful,
     minimum_deployment_target: Annotated[
         str, typer.Option("--minimum-deployment-target", metavar="OS", help="As iOS18 (coreml).")

@@ -87,7 +87,7 @@ class ExportOptions:
     `dtype` is that of weights and arithmetic. `quantize`: int4 and int8 are MLX's affine groups of
     weights; dynamic and static are ONNX Runtime's int8 arithmetic. `sizes` fix what a target
     cannot leave open, by a number, or bound it, by the least and the largest. `group_size` is
-    that of int4 and int8.
+    that of int4 and int8. `stateful` keeps a KV cache inside; None: where no sizes are given.
     """
 
     dtype: str = "float32"
@@ -96,7 +96,7 @@ class ExportOptions:
     sizes: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
     minimum_deployment_target: str = "iOS18"
     compute_units: str = "ALL"
-    stateful: bool = False
+    stateful: bool | None = None
     seed: int = 0
 
     def __post_init__(self):

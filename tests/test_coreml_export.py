@@ -1,4 +1,4 @@
-"""Core ML packages: written, read back, and evaluated by `mil_reference.py`."""
+"""Core ML packages: written, read back, and evaluated by `bridges/coreml/reference.py`."""
 
 import shutil
 import sys
@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_compress.bridges.coreml.export import export_coreml
 from mlx_compress.bridges.coreml.package import SPEC, WEIGHTS
 from mlx_compress.bridges.coreml.prepare import prepare
+from mlx_compress.bridges.coreml.reference import Package
 from mlx_compress.bridges.coreml.run import (
     Model,
     checked_feeds,
@@ -22,7 +23,6 @@ from mlx_compress.bridges.coreml.run import (
 from mlx_compress.bridges.decoder import module_program
 
 import tiny
-from mil_reference import Package
 from mlx_compress.errors import InputError
 from mlx_compress.parity import Case, compare
 from mlx_compress.program import program_of
@@ -345,6 +345,14 @@ def test_inputs_that_do_not_fit_are_named(package):
 def test_running_needs_a_mac(package):
     with pytest.raises(InputError, match="Core ML runs on macOS only; open the package on a Mac"):
         load(package)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there, Core ML itself is asked")
+def test_elsewhere_a_package_is_compared_by_the_evaluator(package, monkeypatch):
+    tokens = np.array([[1, 2, 3]], np.int32)
+    (got,) = comparer(package)({"input_ids": tokens})[:1]
+    np.testing.assert_array_equal(got, Package(package)({"input_ids": tokens})["logits"])
+    monkeypatch.setattr("mlx_compress.bridges.coreml.run.EVALUATED", 0)
     assert comparer(package) is None
     with pytest.raises(InputError, match="compute_units 'NPU' is not known"):
         load(package, compute_units="NPU")

@@ -1,4 +1,4 @@
-"""Rules of the Core ML table against MLX, through the evaluator of `mil_reference.py`."""
+"""Rules of the Core ML table against MLX, through the evaluator of `reference.py`."""
 
 import re
 
@@ -10,8 +10,8 @@ from mlx_compress.bridges.coreml.build import Plan, build, features
 from mlx_compress.bridges.coreml.ops import OPS
 from mlx_compress.bridges.coreml.prepare import prepare
 from mlx_compress.bridges.coreml.quiet import ct
+from mlx_compress.bridges.coreml.reference import Function
 
-from mil_reference import Function
 from mlx_compress import execute
 from mlx_compress.errors import InputError
 from mlx_compress.graph import trace

@@ -3,9 +3,9 @@
     check_coreml("llama", folder)    export, evaluate, decode: "ok" or the reason why not
     main()                           a table of all; names pick some
 
-The packages are evaluated by `mil_reference.py`; Core ML itself runs on a Mac only. "ok" means: in
-float32, logits and caches equal the MLX program's at two shapes of a package with open sizes
-(relative to the largest entry, at most 1e-4), and a package that keeps its cache in states decodes
+The packages are evaluated by the bridge's `reference.py`; Core ML itself runs on a Mac only. "ok"
+means: in float32, logits and caches equal the MLX program's at two shapes of a package with open
+sizes (relative to the largest entry, at most 1e-4), and a package that keeps its cache in states decodes
 16 tokens greedily, each of which is stock mlx-lm's own choice, or as good but for the rounding of a
 float16 cache. "ok without a cache": the logits of 7 tokens are equal.
 """
@@ -18,11 +18,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_compress.bridges.coreml.export import export_coreml
+from mlx_compress.bridges.coreml.reference import Package
 from mlx_compress.bridges.decoder import module_program
 from mlx_compress.bridges.mlx_lm import trace_logits
 
 import zoo
-from mil_reference import Package
 from mlx_compress.errors import InputError
 from mlx_compress.program import Program, of_arrays
 from zoo_exports import OK, TOKENS, worst

@@ -1,4 +1,4 @@
-"""Open a Core ML package and run it, which takes a Mac.
+"""Open a Core ML package and run it, which takes a Mac; or have NumPy compute it.
 
     model = load("model.mlpackage", compute_units="CPU_AND_NE")
     model.run({"input_ids": tokens, ...})              {output: array}
@@ -18,6 +18,7 @@ from .package import SPEC, WEIGHTS, feature_name
 from .quiet import ct
 
 UNITS = ("ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE")
+EVALUATED = 2**30  # bytes of weights; NumPy is too slow for more
 SENTINEL = 0xDEADBEEF  # starts the head of every array in the file of weights
 HEAD = np.dtype([("sentinel", "<u4"), ("type", "<u4"), ("bytes", "<u8"), ("offset", "<u8")])
 TYPES = {65568: np.float32, 65552: np.float16, 131104: np.int32}  # Core ML's own numbers
@@ -67,21 +68,46 @@ def run_coreml(
 def comparer(path: str | Path, *, compute_units: str = "ALL"):
     """A function from a program's inputs to the outputs in order, for `parity.compare`.
 
-    None where there is nothing to compare: off a Mac, or where the cache is in states.
+    Core ML runs the package on a Mac; elsewhere the NumPy evaluator does, up to a size.
     """
     spec = read_package(path)
-    if sys.platform != "darwin" or spec.description.state:
+    if sys.platform == "darwin":
+        return in_order(load(path, compute_units=compute_units))
+    if (Path(path) / WEIGHTS).exists() and (Path(path) / WEIGHTS).stat().st_size > EVALUATED:
         return None
-    return in_order(load(path, compute_units=compute_units))
+    return in_order(Evaluated(path, spec))
 
 
-def in_order(model: Model):
-    """The model as a function of a program's inputs, in its names; empty ones are left out."""
+class Evaluated:
+    """A package as NumPy computes it (`reference.py`), in the manner of `Model`."""
+
+    def __init__(self, path: str | Path, spec):
+        from .reference import Package
+
+        self.spec, self.package = spec, Package(path)
+
+    def state(self) -> dict[str, np.ndarray]:
+        return self.package.state()
+
+    def run(self, feeds: Mapping[str, np.ndarray], state=None) -> dict[str, np.ndarray]:
+        return self.package(checked_feeds(self.spec, feeds), state)
+
+
+def in_order(model: Model | Evaluated):
+    """The model as a function of a program's inputs, in its names; empty ones are left out.
+
+    One that keeps its cache starts with an empty one, and gives the logits alone.
+    """
     names = [feature.name for feature in model.spec.description.output]
+    keeps = bool(model.spec.description.state)
 
     def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         held = {feature_name(name): array for name, array in feeds.items() if np.size(array)}
-        got = model.run(held)
+        if keeps:
+            length = held["input_ids"].shape[1]
+            held = {"input_ids": held["input_ids"],
+                    "causal_mask": np.zeros((1, 1, length, length), np.float32)}  # fmt: skip
+        got = model.run(held, model.state() if keeps else None)
         return [got[name] for name in names]
 
     return run

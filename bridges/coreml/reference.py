@@ -17,7 +17,8 @@ import numpy as np
 from coremltools.converters.mil.frontend.milproto.load import load as load_program
 from coremltools.converters.mil.mil import types
 from coremltools.converters.mil.mil.types.symbolic import is_symbolic
-from mlx_compress.bridges.coreml.quiet import ct
+
+from .quiet import ct
 
 DTYPES = {"fp16": np.float16, "fp32": np.float32, "int32": np.int32, "bool": np.bool_}
 
