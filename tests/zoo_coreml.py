@@ -5,9 +5,9 @@
 
 The packages are evaluated by the bridge's `reference.py`; Core ML itself runs on a Mac only. "ok"
 means: in float32, logits and caches equal the MLX program's at two shapes of a package with open
-sizes (relative to the largest entry, at most 1e-4), and a package that keeps its cache in states decodes
-16 tokens greedily, each of which is stock mlx-lm's own choice, or as good but for the rounding of a
-float16 cache. "ok without a cache": the logits of 7 tokens are equal.
+sizes (relative to the largest entry, at most 1e-4), and a package that keeps its cache in states
+decodes 16 tokens greedily, each of which is stock mlx-lm's own choice, or as good but for the
+rounding of a float16 cache. "ok without a cache": the logits of 7 tokens are equal.
 """
 
 import sys
