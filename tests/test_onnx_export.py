@@ -132,9 +132,25 @@ def test_a_window_stays_one_in_buffers(tmp_path):
     )
 
 
-def test_heads_that_buffers_cannot_hold_are_refused(tmp_path):
-    _, program = decoder()
-    with pytest.raises(InputError, match="width of heads of 6"):
+def test_partly_turned_heads_decode_the_same_in_buffers(tmp_path):
+    module = zoo.build("phi")
+    program = module_program(lambda: module)
+    model = load(export_onnx(program, tmp_path / "x.onnx", cache="buffer").path)
+    assert list(Decoder(model).tokens([5, 9], max_tokens=16)) == stock_decode(module, [5, 9])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    (("tiny", "width of heads of 6"), ("gpt_oss", "something of its own"), ("net", "has no cache")),
+)
+def test_what_buffers_cannot_hold_is_refused(name, text, tmp_path):
+    if name == "net":
+        program = network()
+    elif name == "tiny":
+        program = decoder()[1]
+    else:
+        program = module_program(lambda: zoo.build(name))
+    with pytest.raises(InputError, match=text):
         export_onnx(program, tmp_path / "x.onnx", cache="buffer")
     assert not any(tmp_path.iterdir())
 

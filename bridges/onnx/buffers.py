@@ -15,7 +15,7 @@ from ...execute import execute
 from ...graph import with_outputs
 from ...sizes import instantiate, size_named
 from . import attention as plain
-from .builder import INT32, INT64, Builder, Handle, Static, current, emit
+from .builder import INT32, INT64, Builder, Handle, Static, current, emit, with_inner
 from .extents import ints, number, plus
 
 LENGTH = "past_length"
@@ -56,12 +56,22 @@ def attention(x, a, out):
 
 def with_buffers(builder: Builder) -> None:
     """Declare the caches as buffers, and the input that says how far they are filled."""
-    for handle in builder.inputs.values():
-        if handle.name.startswith("past_key_values."):
-            handle.shape = (*handle.shape[:2], CAPACITY, *handle.shape[3:])
+    caches = [h for h in builder.inputs.values() if h.name.startswith("past_key_values.")]
+    if not caches:
+        raise InputError("cache buffer: the program has no cache; leave the option out.")
+    for handle in caches:
+        handle.shape = (*handle.shape[:2], CAPACITY, *handle.shape[3:])
     filled = Handle((1,), INT64, LENGTH)
     builder.inputs[LENGTH] = filled
     builder.remember(("named", "past"), lambda: filled)
+
+
+def require_buffers(builder: Builder) -> None:
+    """Raise `InputError` where anything but the attention on buffers reads a cache."""
+    for node in with_inner(builder.nodes):
+        read = [name for name in node.input if name.startswith("past_key_values.")]
+        if read and node.op_type != "GroupQueryAttention":
+            raise InputError(_refusal("something of its own, such as sinks or soft caps,"))
 
 
 def _refusal(what: str) -> str:
@@ -71,10 +81,11 @@ def _refusal(what: str) -> str:
 def _unturned(q: Handle, k: Handle):
     """Queries and keys before their turn, and the tables to turn them with; or turned, and none.
 
-    The operator turns heads whose width is a multiple of 16.
+    The operator turns 16 entries of a head, or a multiple of that, and heads as wide.
     """
     views = [h.open_view("rope") for h in (q, k)]
-    if q.shape[-1] % 16 == 0 and all(views) and views[0].parents[1:] == views[1].parents[1:]:
+    alike = all(views) and views[0].parents[1:] == views[1].parents[1:]
+    if alike and q.shape[-1] % 16 == 0 and views[0].detail[0] % 16 == 0:
         tables = [_table(current(), h) for h in views[0].parents[1:]]
         if views[0].detail == views[1].detail and all(tables):
             return views[0].parents[0], views[1].parents[0], tables, int(views[0].detail[1])

@@ -20,7 +20,7 @@ from ...graph import Graph, Node
 from ...patterns import recognise
 from ...program import Program
 from ...sizes import Size
-from .buffers import CAPACITY, with_buffers
+from .buffers import CAPACITY, require_buffers, with_buffers
 from .builder import FLOAT, HALF, Builder, Handle, cast, emit
 from .ops import OPS
 from .quantized import with_lookups
@@ -79,6 +79,8 @@ def export_onnx(
         if builder.buffer:
             with_buffers(builder)
         outputs = _named(builder, program, lower(builder))
+        if builder.buffer:
+            require_buffers(builder)
     return write(
         builder, program, outputs, path,
         metadata=_metadata(program, options), external_bytes=options.external_bytes,
