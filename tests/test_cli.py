@@ -128,7 +128,8 @@ def test_bad_text_is_named(call, tmp_path, content, words):
 
 
 def test_a_criterion_that_reads_text_asks_for_it(call, tmp_path):
-    result = call("prune", "--model", MODEL, "--mlx-path", tmp_path / "o", "--pruning-ratio", "0.2")
+    result = call("prune", "--model", MODEL, "--mlx-path", tmp_path / "o", "--pruning-ratio", "0.2",
+                  "--importance", "taylor")  # fmt: skip
     refused(result, "taylor", "--data")
 
 
