@@ -23,6 +23,7 @@ simulation of the memory, and with MLX: its views allocate nothing.
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .execute import ELEMENTWISE, UPDATES, require_supported
@@ -76,7 +77,7 @@ def cost(graph: Graph) -> Cost:
     return Cost(
         nodes=nodes,
         flops=sum(node.flops for node in nodes),
-        macs=sum(c.flops for c, n in zip(nodes, graph.nodes, strict=True) if n.op in PRODUCTS) // 2,
+        macs=sum(_flops(graph, node, PRODUCTS) for node in graph.nodes) // 2,
         bytes_read=sum(node.bytes_read for node in nodes),
         bytes_written=sum(node.bytes_written for node in nodes),
         parameters=sum(map(size, parameters)),
@@ -180,9 +181,11 @@ def _traffic(graph: Graph, node: Node, extent: dict[int, int]) -> tuple[int, int
 # ---- FLOPs
 
 
-def _flops(graph: Graph, node: Node) -> int:
+def _flops(graph: Graph, node: Node, table: Mapping | None = None) -> int:
+    """By a table that may leave primitives out; they cost nothing then."""
     x, out = ([graph.values[i] for i in ids] for ids in (node.inputs, node.outputs))
-    return FLOPS[node.op](x, node.attributes, out)
+    rule = (FLOPS if table is None else table).get(node.op)
+    return rule(x, node.attributes, out) if rule else 0
 
 
 # A rule takes x and out, the `Value`s of inputs and outputs; and a, the attributes.
@@ -245,9 +248,41 @@ def _scatter_axis(x, a, out):
     return size(x[1]) if a[0] == 0 else 0
 
 
+def _attention(x, a, out):
+    """Scaling, the scores, their mask, the softmax, and the sum of values."""
+    scores = _scores(x)
+    masked = scores if a[1] or len(x) > 3 else 0
+    return size(x[0]) + _attention_products(x, a, out) + masked + 5 * scores
+
+
+def _attention_products(x, a, out):
+    return 2 * _scores(x) * (x[0].shape[-1] + x[2].shape[-1])
+
+
+def _scores(x):
+    return math.prod(x[0].shape[:3]) * x[1].shape[2]
+
+
+def _norm(whole: int, per_row: int):
+    """`whole` FLOPs per element, one more for each weight, and `per_row` per row."""
+    return lambda x, a, out: (whole + len(x) - 1) * size(x[0]) + per_row * (
+        size(x[0]) // x[0].shape[-1]
+    )
+
+
+def _rope(x, a, out):
+    return 3 * size(x[0]) // x[0].shape[-1] * a[0]
+
+
+def _gelu(x, a, out):
+    return {"none": 5, "tanh": 8}[a[0]] * size(x[0])
+
+
+MULTIPLIES = ("Matmul", "AddMM", "GatherMM", "QuantizedMatmul", "GatherQMM", "Linear")
 PRODUCTS = {
-    **dict.fromkeys(("Matmul", "AddMM", "GatherMM", "QuantizedMatmul", "GatherQMM"), _product),
+    **dict.fromkeys(MULTIPLIES, _product),
     "Convolution": _convolution,
+    "Attention": _attention_products,
 }
 
 MOVES = VIEWS | {
@@ -266,4 +301,10 @@ FLOPS = {
     "LogSumExp": _log_sum_exp,
     "ScatterAxis": _scatter_axis,
     "Softmax": _softmax,
+    "Attention": _attention,
+    "GELU": _gelu,
+    "LayerNorm": _norm(5, 4),
+    "RMSNorm": _norm(3, 3),
+    "RoPE": _rope,
+    "SiLU": lambda x, a, out: 2 * size(x[0]),
 }

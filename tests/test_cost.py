@@ -12,7 +12,9 @@ from mlx_compress.edit import edit_graph
 from mlx_compress.errors import InputError
 from mlx_compress.execute import OPS
 from mlx_compress.graph import Graph, Node, Value, trace
+from mlx_compress.patterns import recognise
 from mlx_compress.plan import Cut, PrunePlan
+from mlx_compress.simplify import simplify
 from reference import SHARING, live_bytes
 from zoo import build
 
@@ -39,6 +41,38 @@ def last(fn, *inputs):
 
 def test_every_primitive_that_runs_has_a_cost():
     assert sorted(set(FLOPS) ^ set(OPS)) == []
+
+
+COMPOSITES = {
+    "Linear": (lambda x, w, b: mx.addmm(b, x, w.T), ((2, 5, 12), (9, 12), (9,))),
+    "Attention": (
+        lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3),
+        ((2, 6, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4)),
+    ),
+    "RMSNorm": (lambda x, w: mx.fast.rms_norm(x, w, 1e-5), ((2, 5, 12), (12,))),
+    "LayerNorm": (lambda x, w, b: mx.fast.layer_norm(x, w, b, 1e-5), ((2, 5, 12), (12,), (12,))),
+    "GELU": (nn.gelu, ((2, 5),)),
+    "SiLU": (nn.silu, ((2, 5),)),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_a_composite_costs_what_its_primitives_cost(name):
+    fn, shapes = COMPOSITES[name]
+    held = {str(k): mx.zeros(shape) for k, shape in enumerate(shapes[1:])}
+    plain = simplify(trace(lambda p, x: fn(x, *p.values()), mx.zeros(shapes[0]), parameters=held))
+    whole = recognise(plain)
+    assert name in [node.op for node in whole.nodes]
+    assert (cost(whole).flops, cost(whole).macs) == (cost(plain).flops, cost(plain).macs)
+
+
+def test_turning_costs_four_products_and_two_sums_for_each_pair():
+    graph = recognise(trace(
+        lambda x: mx.fast.rope(x, 4, traditional=False, base=10.0, scale=1.0, offset=0),
+        mx.zeros((2, 3, 5, 8)),
+    ))  # fmt: skip
+    (spent,) = (c for c, n in zip(cost(graph).nodes, graph.nodes, strict=True) if n.op == "RoPE")
+    assert spent.flops == 2 * 3 * 5 * 2 * 6
 
 
 def test_unknown_primitives_are_named_all_at_once():
