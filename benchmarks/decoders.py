@@ -28,7 +28,7 @@ import mlx.core as mx
 
 from ..report import machine, write_report
 from .lean import Size, write_model
-from .sessions import medians_ms, open_session, share_threads, step
+from .sessions import open_session, share_threads, step, times_ms
 
 STEPS = {"prefill 128": (128, 0), "decode at 128": (1, 128), "decode at 1024": (1, 1024)}
 CAPACITY, BLOCK = 2048, 32
@@ -92,7 +92,7 @@ def export_theirs(folder: Path, out: Path) -> dict[str, Path]:
     return files
 
 
-def peers(folder: Path, repeats: int) -> dict:
+def peers(folder: Path, repeats: int, quantile: float = 0.5) -> dict:
     """Milliseconds of each file and step."""
     config = json.loads((folder / "config.json").read_text())
     sizes = {"vocabulary": config["vocab_size"], "capacity": CAPACITY, "width": config["head_dim"]}
@@ -103,12 +103,14 @@ def peers(folder: Path, repeats: int) -> dict:
             sessions = [open_session(path) for path in files.values()]
             calls = [step(s, length=length, past=past, **sizes) for s in sessions]
             count = max(5, repeats // 4) if length > 1 else repeats
-            for name, taken in zip(files, medians_ms(calls, count), strict=True):
+            for name, taken in zip(files, times_ms(calls, count, quantile), strict=True):
                 rows[name][title] = taken
     return rows
 
 
-def pruned(folder: Path, repeats: int, threads: int | None = None) -> dict:
+def pruned(
+    folder: Path, repeats: int, quantile: float = 0.5, threads: int | None = None
+) -> dict:
     """By ratio: FLOPs, milliseconds of prefill, and how much of the one shows in the other."""
     from ..bridges.onnx.export import export_onnx
     from ..bridges.programs import open_program
@@ -127,7 +129,7 @@ def pruned(folder: Path, repeats: int, threads: int | None = None) -> dict:
             session = open_session(path, threads)
             calls.append(step(session, length=length, past=past, **sizes))
             flops.append(cost(program.at({"batch": 1, "length": length, "past": past})).flops)
-        times = medians_ms(calls, repeats)
+        times = times_ms(calls, repeats, quantile)
     rows = {}
     for ratio, work_done, taken in zip(programs, flops, times, strict=True):
         fewer, faster = flops[0] / work_done, times[0] / taken
@@ -227,6 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", default="peers,pruned,lean", help="which of them, by commas")
     parser.add_argument("--repeats", type=int, default=80)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quantile", type=float, default=0.5, help="of the times [the median]")
     parser.add_argument("--out", type=Path, help="JSON [benchmarks/results/decoders.json]")
     parser.add_argument("--markdown", action="store_true", help="print tables as markdown")
     parser.add_argument("--step", nargs=2, type=Path, help=argparse.SUPPRESS)
@@ -235,12 +238,13 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(lean_step(*args.step)))
         return
     share_threads(args.threads)
-    parts, report = args.parts.split(","), {**machine(), "threads": args.threads}
+    parts, report = args.parts.split(","), machine()
+    report |= {"threads": args.threads, "quantile": args.quantile}
     with tempfile.TemporaryDirectory() as work:
         folders = [*args.model, write_random(Path(work, "random-29M"), RANDOM)]
         for part, run in (("peers", peers), ("pruned", pruned)):
             if part in parts:
-                report[part] = {f.name: run(f, args.repeats) for f in folders}
+                report[part] = {f.name: run(f, args.repeats, args.quantile) for f in folders}
     if "lean" in parts:
         report["lean"] = lean(LARGE)
     out = args.out or Path(__file__).parent / "results" / "decoders.json"
