@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,8 +10,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_compress.bridges.mlx_lm import trace_logits
 from mlx_lm.utils import _get_classes
 
+import tiny
 import zoo
+from mlx_compress import scoring
 from mlx_compress.axes import named_axes
+from mlx_compress.data import Windows
 from mlx_compress.edit import edit_graph
 from mlx_compress.errors import InputError
 from mlx_compress.execute import run
@@ -26,6 +30,7 @@ from mlx_compress.layers import (
     settled,
     without,
 )
+from mlx_compress.options import Options
 from mlx_compress.plan import Cut, PrunePlan
 from mlx_compress.prune import check_plan, prune_parameters, pruned_shapes, zero_parameters
 from reference import layer_scores
@@ -403,8 +408,22 @@ def test_scores_are_infinite_for_what_has_to_stay():
     assert np.isfinite(scores["backbone.layers"]).all()
 
 
-def test_every_criterion_of_units_has_one_of_its_name_for_layers():
-    assert list(LAYER_CRITERIA) == list(CRITERIA)
+def test_a_criterion_without_a_word_on_layers_leaves_them_to_their_influence():
+    assert scoring.INFLUENCE in LAYER_CRITERIA and LAYER_CRITERIA.keys() < CRITERIA.keys()
+    model, batches = tiny.build(tiny.LLAMA), tiny.batches()
+    held = tiny.parameters(model)
+    source = SimpleNamespace(
+        fetch=lambda paths: {path: held[path] for path in paths},
+        trace=lambda tokens, dtype=None: trace_logits(model, tokens, dtype=dtype),
+    )
+
+    def scores(name):
+        windows = Windows(np.array(batches[0][0]), np.ones(2), None)
+        text = scoring.Text(source, windows, Options(importance=name, batch_size=1), [])
+        return scoring.layer_scores(text, layer_dimensions(text.named))
+
+    found, wanted = scores("osscar"), scores(scoring.INFLUENCE)
+    assert found and all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_random_scores_follow_the_seed():
