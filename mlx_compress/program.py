@@ -14,7 +14,7 @@ from .axes import named_axes
 from .edit import edit_graph
 from .errors import InputError
 from .execute import run as run_graph
-from .graph import Graph, trace
+from .graph import SHAPE_ONLY, Graph, trace
 from .plan import PrunePlan
 from .prune import pruned_fetch, pruner
 from .sizes import instantiate, sizes_of, solve
@@ -101,9 +101,25 @@ def program_of(
     graph = solve(at, grids) if sizes else at()
     held = dict(tree_flatten(fn.parameters())) if parameters is None else parameters
     return Program(
-        graph, of_arrays(held), tuple(example), tuple(outputs), sizes, limits or {},
+        graph, of_arrays(held), tuple(example), tuple(outputs), sizes,
+        {**_rows_of_tables(graph, tuple(example)), **(limits or {})},
         metadata or {},
     )  # fmt: skip
+
+
+def _rows_of_tables(graph: Graph, names: Sequence[str]) -> dict[str, int]:
+    """For inputs that pick rows of a table (token ids), how many rows there are."""
+    origin = dict(zip(graph.inputs, names, strict=True))
+    limits: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "AsType" or node.op in SHAPE_ONLY:
+            if node.inputs[0] in origin:
+                origin[node.outputs[0]] = origin[node.inputs[0]]
+        elif node.op == "Gather" and tuple(node.attributes[0]) == (0,):
+            name, rows = origin.get(node.inputs[1]), graph.values[node.inputs[0]].shape[0]
+            if name is not None and isinstance(rows, int):
+                limits[name] = min(rows, limits.get(name, rows))
+    return limits
 
 
 # Different sizes at each corner, and no 1, which broadcasts.

@@ -77,6 +77,15 @@ def test_random_token_ids_lie_in_the_vocabulary(decoder):
     assert ids.min() == 0 and ids.max() == tiny.VOCABULARY - 1
 
 
+def test_ids_that_pick_rows_of_a_table_are_drawn_from_all_of_them():
+    def looked_up(p, ids, flags):
+        return p["table"][ids.reshape(-1)] * flags[:, None]
+
+    given = {"ids": mx.zeros((3, 1), mx.int32), "flags": mx.zeros((3,), mx.int32)}
+    program = program_of(looked_up, given, parameters={"table": mx.ones((50, 4))}, outputs=["y"])
+    assert program.limits == {"ids": 50}
+
+
 def test_a_pruned_program_equals_the_zeroed_one(program):
     named = named_axes(program.at())
     dims = [d for d in named.free() if d.exact]
