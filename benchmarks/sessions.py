@@ -80,14 +80,16 @@ def step(session, *, length: int, past: int, vocabulary: int, width: int, capaci
 def times_ms(calls: Sequence[Call], repeats: int, quantile: float = 0.5) -> list[float]:
     """Milliseconds of each call, run in turns so that what else the machine does meets all.
 
-    The median; on a machine with other work a lower quantile is steadier.
+    Each round has an order of its own, as a call is slower behind one that fills the caches. The
+    median; on a machine with other work a lower quantile is steadier.
     """
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call(), call()
+    rng = np.random.default_rng(0)
     for _ in range(repeats):
-        for call, taken in zip(calls, times, strict=True):
+        for k in rng.permutation(len(calls)):
             started = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - started)
+            calls[k]()
+            times[k].append(time.perf_counter() - started)
     return [1e3 * float(np.quantile(taken, quantile)) for taken in times]
