@@ -9,8 +9,9 @@ a part of the data, the same for every column.
 """
 
 import argparse
+import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,10 +62,12 @@ def measure(name: str, what: str, program: Program, task: Task, sizes: Mapping) 
     return Row(name, what, done, errors, held)
 
 
-def rows(data: Path, encoder: Path) -> Iterator[Row]:
-    yield from _books(data / "lm-books5m")
-    yield from _resnet(data)
-    yield from _minilm(data, encoder)
+def rows(data: Path, encoder: Path, done: Container[str] = ()) -> Iterator[Row]:
+    """One row after the other, but for the models that are `done`."""
+    for models in (_books(data / "lm-books5m"), _resnet(data), _minilm(data, encoder)):
+        for name, *case in models:
+            if name not in done:
+                yield measure(name, *case)
 
 
 def pruned(program: Program) -> Program:
@@ -75,7 +78,7 @@ def pruned(program: Program) -> Program:
         return save_pruned_program(program, planned, Path(folder, "pruned"))
 
 
-def _books(folder: Path) -> Iterator[Row]:
+def _books(folder: Path) -> Iterator[tuple]:
     from ..bridges.mlx_lm import load_tokenizer
     from ..data import load_windows
 
@@ -92,7 +95,7 @@ def _books(folder: Path) -> Iterator[Row]:
     models = {"books5m": program, "books5m, pruned": smaller, "books5m, pruned, int4": packed}
     sizes = {"batch": 1, "length": (1, TOKENS), "past": 0}
     for name, each in models.items():
-        yield measure(name, "nats/token", each, loss, sizes)
+        yield name, "nats/token", each, loss, sizes
 
 
 def _loss(program: Program, run: Runner, tokens: np.ndarray) -> float:
@@ -104,7 +107,7 @@ def _loss(program: Program, run: Runner, tokens: np.ndarray) -> float:
     return float(np.mean(np.log(np.exp(logits).sum(axis=-1)) - picked))
 
 
-def _resnet(data: Path) -> Iterator[Row]:
+def _resnet(data: Path) -> Iterator[tuple]:
     import torch
 
     from ..bridges.torch import from_torch
@@ -120,10 +123,10 @@ def _resnet(data: Path) -> Iterator[Row]:
         return float((logits.argmax(-1) == labels).mean())
 
     for name, each in {"ResNet-56": program, "ResNet-56, pruned": pruned(program)}.items():
-        yield measure(name, "top-1", each, accuracy, {"batch": (1, 50)})
+        yield name, "top-1", each, accuracy, {"batch": (1, 50)}
 
 
-def _minilm(data: Path, folder: Path) -> Iterator[Row]:
+def _minilm(data: Path, folder: Path) -> Iterator[tuple]:
     from ..bridges.torch import from_hf
 
     program = imported_program(from_hf(folder))
@@ -136,7 +139,7 @@ def _minilm(data: Path, folder: Path) -> Iterator[Row]:
         return spearman(*similarities(folder, hidden, pairs))
 
     for name, each in {"MiniLM": program, "MiniLM, pruned": pruned(program)}.items():
-        yield measure(name, "Spearman", each, correlation, {"batch": (1, 64), "length": (1, 128)})
+        yield name, "Spearman", each, correlation, {"batch": (1, 64), "length": (1, 128)}
 
 
 def markdown(found: list[Row]) -> str:
@@ -158,10 +161,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/exported.json")
     args = parser.parse_args(argv)
     found: list[Row] = []
+    if args.out.exists():  # an interrupted run goes on where it stopped
+        found = [Row(**row) for row in json.loads(args.out.read_text())["rows"]]
     with exit_on_error():
         from .imported import installed_encoder
 
-        for row in rows(args.data, args.encoder or installed_encoder()):
+        done = {row.model for row in found}
+        for row in rows(args.data, args.encoder or installed_encoder(), done):
             found.append(row)
             write_report({**machine(), "rows": [asdict(r) for r in found]}, args.out)
     print(markdown(found))
