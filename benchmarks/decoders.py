@@ -26,6 +26,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..quantize import part_names
 from ..report import machine, write_report
 from .lean import Size, write_model
 from .sessions import open_session, share_threads, step, times_ms
@@ -58,18 +59,21 @@ def export_ours(folder: Path, out: Path) -> dict[str, Path]:
 def symmetric(program, packed):
     """The packed program with a scale alone for each block, as onnxruntime-genai's builder does."""
 
-    def parts(weight) -> dict:
+    owners = {name: (weight, k) for weight in program.graph.parameters
+              for k, name in enumerate(part_names(weight))}  # fmt: skip
+
+    def parts(weight) -> tuple:
         blocks = weight.reshape(weight.shape[0], -1, BLOCK)
         scales = mx.maximum(mx.abs(blocks).max(-1) / 7, 1e-9)
         codes = mx.clip(mx.round(blocks / scales[..., None]) + 8, 0, 15).astype(mx.uint32)
         eights = codes.reshape(weight.shape[0], -1, 8)
         bits = (eights << (4 * mx.arange(8, dtype=mx.uint32))).sum(-1)
-        return {"packed": bits.astype(mx.uint32), "scales": scales, "biases": -8 * scales}
+        return bits.astype(mx.uint32), scales, -8 * scales
 
     def one(path: str):
-        weight, _, part = path.rpartition(".")
-        if weight not in program.graph.parameters:
+        if path not in owners:
             return program.fetch([path])[path]
+        weight, part = owners[path]
         return parts(program.fetch([weight])[weight])[part]
 
     return replace(packed, fetch=lambda paths: {path: one(path) for path in paths})

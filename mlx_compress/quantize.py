@@ -74,10 +74,14 @@ class _Packer:
         dtype = self.graph.values[weight].dtype
         self.groups[path] = group
         parts = [
-            self._parameter(f"{path}.packed", (rows, columns * self.bits // 32), mx.uint32),
-            self._parameter(f"{path}.scales", (rows, columns // group), dtype),
-            self._parameter(f"{path}.biases", (rows, columns // group), dtype),
-        ]
+            self._parameter(name, shape, kind)
+            for name, shape, kind in zip(
+                part_names(path),
+                ((rows, columns * self.bits // 32), (rows, columns // group),
+                 (rows, columns // group)),
+                (mx.uint32, dtype, dtype), strict=True,
+            )
+        ]  # fmt: skip
         out = self._value(self.graph.values[node.outputs[0]]) if bias else node.outputs[0]
         product = Node("QuantizedMatmul", (x, *parts), (out,), (group, self.bits, 0, True))
         return [product, Node("Add", (out, *bias), node.outputs)] if bias else [product]
@@ -93,19 +97,25 @@ class _Packer:
         return self.next_id - 1
 
 
+def part_names(path: str) -> tuple[str, str, str]:
+    """Of packed weights, scales and biases: beside the weight, never below it."""
+    stem = path.removesuffix(".weight") + ("." if path.endswith(".weight") else "_")
+    return f"{stem}packed", f"{stem}scales", f"{stem}biases"
+
+
 def _fetcher(fetch: Fetch, groups: dict[str, int], bits: int) -> Fetch:
     """Quantise a weight when one of its parts is asked for; the others wait to be asked for."""
     waiting: dict[str, mx.array] = {}
+    owners = {name: weight for weight in groups for name in part_names(weight)}
 
     def one(path: str) -> mx.array:
-        weight = path.rpartition(".")[0]
-        if weight not in groups:
+        weight = owners.get(path)
+        if weight is None:
             return fetch([path])[path]
         if path not in waiting:
             held = fetch([weight])[weight]
             parts = mx.quantize(held, group_size=groups[weight], bits=bits)
-            names = (f"{weight}.{part}" for part in ("packed", "scales", "biases"))
-            waiting.update(zip(names, parts, strict=True))
+            waiting.update(zip(part_names(weight), parts, strict=True))
         return waiting.pop(path)
 
     return lambda paths: {path: one(path) for path in paths}

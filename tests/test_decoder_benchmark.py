@@ -11,7 +11,7 @@ from mlx_compress.benchmarks.sessions import open_session, step, times_ms
 from mlx_compress.bridges.programs import open_program
 
 import tiny
-from mlx_compress.quantize import quantize_program
+from mlx_compress.quantize import part_names, quantize_program
 
 SMALL = Size(layers=1, hidden=64, ffn=128, heads=4, kv_heads=2, vocab=50)
 
@@ -36,7 +36,7 @@ def test_symmetric_blocks_are_their_weights_rounded(folder):
     packed, _ = quantize_program(program, bits=4, group_size=32)
     made = decoders.symmetric(program, packed)
     name = "model.layers.0.mlp.up_proj.weight"
-    parts = made.fetch([f"{name}.{part}" for part in ("packed", "scales", "biases")])
+    parts = made.fetch(part_names(name))
     got = mx.dequantize(*parts.values(), 32, 4)
     weight = program.fetch([name])[name]
     largest = mx.abs(weight.reshape(128, -1, 32)).max(-1, keepdims=True)
