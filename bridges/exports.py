@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..checkpoint import new_folder
 from ..errors import InputError
-from ..options import DTYPES, QUANTIZE, ExportOptions
+from ..options import DTYPES, PALETTES, ExportOptions
 from ..parity import TOLERANCE, Case, Parity, Runner, compare, require
 from ..program import Program
 from ..quantize import quantize_program
@@ -137,12 +137,12 @@ def _fits(program: Program, case: Case, sizes: Mapping[str, int | tuple[int, int
 
 
 def _parity(program, kind: Target, path: Path, options: ExportOptions, cases) -> list[Parity]:
-    """Compared and required, but for int8 arithmetic, whose error is there to be read."""
+    """Compared and required, but for what trades exactness: its error is there to be read."""
     runner = kind.runner(path, options)
     if runner is None:
         return []
     found = compare(program, runner, cases)
-    if options.quantize not in ARITHMETIC:
+    if options.quantize not in (*ARITHMETIC, *PALETTES):
         require(found, kind.tolerance(program, options), path.name)
     return found
 
@@ -227,6 +227,7 @@ def _write_coreml(program, path, options, cases) -> list[str]:
     written = export_coreml(
         program, path, dtype=options.dtype, shapes=_shapes(program, options),
         stateful=_keeps_cache(program, options),
+        quantize=options.quantize if options.quantize in PALETTES else None,
         minimum_deployment_target=options.minimum_deployment_target,
         compute_units=options.compute_units,
     )  # fmt: skip
@@ -291,12 +292,14 @@ TARGETS = {
     "onnx": Target(
         "model.onnx", _write_onnx, _run_onnx,
         'session = onnxruntime.InferenceSession("{path}")',
-        needs=("onnx", "onnxruntime"), quantize=QUANTIZE, dtypes=DTYPES, finish=_finish_onnx,
+        needs=("onnx", "onnxruntime"), quantize=("int4", "int8", *ARITHMETIC), dtypes=DTYPES,
+        finish=_finish_onnx,
     ),
     "coreml": Target(
         "model.mlpackage", _write_coreml, _run_coreml,
         'model = coremltools.models.MLModel("{path}")',
-        needs=("coremltools",), dtypes=DTYPES, spans=_coreml_spans,
+        needs=("coremltools",), quantize=("int4", "int8", *PALETTES), dtypes=DTYPES,
+        spans=_coreml_spans,
         tolerance=lambda program, options: TOLERANCE[
             "float16" if _keeps_cache(program, options) else options.dtype
         ],  # Core ML keeps states in float16

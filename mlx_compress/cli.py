@@ -223,7 +223,8 @@ def export_model(
         str | None,
         typer.Option(
             "--quantize", metavar="HOW",
-            help="int4 or int8 weights; dynamic or static int8 arithmetic (onnx).",
+            help="int4 or int8 weights; dynamic or static int8 arithmetic (onnx); "
+            "palette2 to palette8 (coreml).",
         ),
     ] = EXPORT.quantize,
     group_size: Annotated[
@@ -255,6 +256,13 @@ def export_model(
     compute_units: Annotated[
         str, typer.Option("--compute-units", metavar="NAME", help="As coremltools names them.")
     ] = EXPORT.compute_units,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metadata", metavar="KEY=VALUE",
+            help="Such as author=Me or license=MIT, into the file; may be repeated.",
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -276,8 +284,9 @@ def export_model(
     from . import ship
 
     ship.export_model(
-        model, places, options, data=data, cached=not no_cache, trust=trust_remote_code
-    )
+        model, places, options, data=data, cached=not no_cache, trust=trust_remote_code,
+        metadata=_pairs("--metadata", metadata or []),
+    )  # fmt: skip
 
 
 @app.command("import")
@@ -338,6 +347,14 @@ def _sizes(text: str | None) -> dict[str, int | tuple[int, int]]:
         name, low, high = match.groups()
         found[name] = int(low) if high is None else (int(low), int(high))
     return found
+
+
+def _pairs(flag: str, texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    for name, mark, _ in pairs:
+        if not name or not mark:
+            raise InputError(f"{flag} {name}: write it as author=Me.")
+    return {name: value for name, _, value in pairs}
 
 
 def _target(text: str) -> float:

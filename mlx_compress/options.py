@@ -11,7 +11,8 @@ from .errors import InputError
 KINDS = ("channels", "heads", "query_heads", "head_dim", "experts", "width")
 LAYER_KINDS = ("layers", "attention", "mlp")
 EXPORTS = ("onnx", "coreml", "torch", "mlxfn")
-QUANTIZE = ("int4", "int8", "dynamic", "static")
+PALETTES = ("palette2", "palette4", "palette6", "palette8")
+QUANTIZE = ("int4", "int8", "dynamic", "static", *PALETTES)
 DROP_TYPES = ("relative", "absolute")
 DTYPES = ("float32", "float16")
 SMALL = 8  # tokens
@@ -85,9 +86,10 @@ class ExportOptions:
     """How to export.
 
     `dtype` is that of weights and arithmetic. `quantize`: int4 and int8 are MLX's affine groups of
-    weights; dynamic and static are ONNX Runtime's int8 arithmetic. `sizes` fix what a target
-    cannot leave open, by a number, or bound it, by the least and the largest. `group_size` is
-    that of int4 and int8. `stateful` keeps a KV cache inside; None: where no sizes are given.
+    weights; dynamic and static are ONNX Runtime's int8 arithmetic; palettes are Core ML's. `sizes`
+    fix what a target cannot leave open, by a number, or bound it, by the least and the largest.
+    `group_size` is that of int4 and int8. `stateful` keeps a KV cache inside; None: where no sizes
+    are given.
     """
 
     dtype: str = "float32"

@@ -1,6 +1,8 @@
 """What `export` and `import` do and print."""
 
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from .archive import is_program, save_program
@@ -8,7 +10,7 @@ from .bridges.cases import parity_cases
 from .bridges.exports import Export, copy_tokenizer, export, target_named
 from .bridges.mlx_lm import load_tokenizer
 from .bridges.programs import FORWARD, compare_with_torch, open_program
-from .checkpoint import check_free, new_folder
+from .checkpoint import RECORD, check_free, new_folder
 from .errors import InputError
 from .jobs import err, out, table
 from .options import ExportOptions
@@ -21,12 +23,18 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 def export_model(
     model: str, places: Mapping[str, Path], options: ExportOptions,
     *, data: Path | None = None, cached: bool = True, trust: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[Export]:  # fmt: skip
-    """Export to every target, each into a new folder of its own, and tell of it."""
+    """Export to every target, each into a new folder of its own, and tell of it.
+
+    `metadata` (author, license ...) goes into the files, with how the model was compressed.
+    """
     check_places(places, options)
     program = open_program(model, cached=cached, sizes=options.example, trust_remote_code=trust)
     _check_sizes(program, options)
     source = Path(model).expanduser()
+    about = {**program.metadata, **_compression(source), **(metadata or {})}
+    program = replace(program, metadata=about)
     has_tokenizer = any((source / name).is_file() for name in TOKENIZERS)
     tokenizer = load_tokenizer(source, trust_remote_code=trust) if has_tokenizer else None
     cases = parity_cases(program, tokenizer, data, sizes=options.example, seed=options.seed)
@@ -38,6 +46,16 @@ def export_model(
             )
         tell_export(done[-1])
     return done
+
+
+def _compression(source: Path) -> dict[str, str]:
+    """How a pruned folder was made, from its record."""
+    try:
+        record = json.loads((source / RECORD).read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return {}
+    told = {k: record[k] for k in ("kept_block_parameters", "parent") if k in record}
+    return {"compression": json.dumps(told | {"recipe": record.get("plan", {}).get("recipe", {})})}
 
 
 def check_places(places: Mapping[str, Path], options: ExportOptions) -> None:

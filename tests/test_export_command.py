@@ -100,6 +100,23 @@ def test_compress_exports_what_it_has_pruned(call, tmp_path):
     assert small < 0.9 * 4 * 5_475_584
 
 
+def test_metadata_and_how_it_was_pruned_are_in_the_file(call, folder, tmp_path):
+    import onnx
+
+    record = {"kept_block_parameters": 0.7, "plan": {"recipe": {"importance": "taylor"}}}
+    (folder / "compression.json").write_text(json.dumps(record))
+    code, _, err = call("export", "--model", folder, "--to", "onnx", "-o", tmp_path / "out",
+                        "--metadata", "author=Me", "--metadata", "license=MIT")  # fmt: skip
+    assert code == 0, err
+    model = onnx.load(str(tmp_path / "out" / "model.onnx"))
+    held = {entry.key: entry.value for entry in model.metadata_props}
+    assert (held["author"], held["license"]) == ("Me", "MIT")
+    assert json.loads(held["compression"])["recipe"] == {"importance": "taylor"}
+    result = call("export", "--model", folder, "--to", "onnx", "-o", tmp_path / "b",
+                  "--metadata", "author")  # fmt: skip
+    refused(result, "--metadata author", "author=Me")
+
+
 def test_an_export_that_is_unknown_is_refused_before_the_work(call, tmp_path):
     result = call("--model", "no", "--mlx-path", tmp_path / "out", "--data", "no",
                   "--pruning-ratio", "0.5", "--export", "tflite")  # fmt: skip
