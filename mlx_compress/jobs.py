@@ -15,6 +15,7 @@ from . import recipe, shrink
 from .allocate import family
 from .archive import is_program, load_program
 from .axes import NamedAxes, named_axes
+from .bridges.exports import copy_tokenizer
 from .bridges.measure import evaluate_folders
 from .checkpoint import check_free
 from .choice import Verdict
@@ -74,6 +75,7 @@ def prune(
         _show_plan(planned, save_plan, as_json)
         if mlx_path is not None:
             shrink.save_pruned_program(source, planned, mlx_path)
+            copy_tokenizer(Path(model))(mlx_path)
             err.print(f"Saved to {mlx_path}; it equals the model with the removed units zeroed.")
         return
     source = recipe.open_model(model, trust_remote_code=trust)

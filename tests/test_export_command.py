@@ -138,6 +138,7 @@ def test_quantised_weights_make_the_file_smaller_and_are_exact(call, folder, tmp
 
 def test_a_torch_program_comes_in_is_pruned_and_goes_out_again(call, pt2, network, tmp_path):
     assert call("import", "--torch", pt2, "--mlx-path", tmp_path / "net")[0] == 0
+    (tmp_path / "net" / "special_tokens_map.json").write_text("{}")
     opened = load_program(tmp_path / "net")
     image = np.random.default_rng(0).standard_normal((4, 3, 9, 9)).astype(np.float32)
     want = network(torch.from_numpy(image)).detach().numpy()
@@ -149,6 +150,7 @@ def test_a_torch_program_comes_in_is_pruned_and_goes_out_again(call, pt2, networ
     )  # fmt: skip
     assert code == 0, err
     small = load_program(tmp_path / "small")
+    assert (tmp_path / "small" / "special_tokens_map.json").read_text() == "{}"
     assert small.graph.shapes()["0.weight"] == (4, 3, 3, 3)
     assert read_record(tmp_path / "small")["verified"]["error_against_zeroing"] < 1e-5
     assert call("inspect", "--model", tmp_path / "small")[0] == 0
