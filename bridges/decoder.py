@@ -77,9 +77,14 @@ def module_program(make, *, dtype: mx.Dtype | None = mx.float32, metadata=None) 
     code does not leave the sizes open.
     """
     module = make()
-    kept = _cache_shapes(module)
-    at = partial(_trace_at, module, kept, dtype)
-    graph = solve(at, GRIDS)
+    try:
+        kept = _cache_shapes(module)
+        graph = solve(partial(_trace_at, module, kept, dtype), GRIDS)
+    except AttributeError as error:
+        raise InputError(
+            f"its code asks more of a cache than keys and values ({error}); export it without a "
+            "cache (--no-cache)."
+        ) from error
     filled = [k for k, shapes in enumerate(kept) if shapes]
     names = [f"{k}.{part}" for k in filled for part in ("key", "value")]
     logits = graph.values[graph.outputs[0]].shape

@@ -91,6 +91,11 @@ def test_a_cache_of_another_kind_is_refused_by_its_name(name):
         module_program(lambda: zoo.build(name))
 
 
+def test_a_cache_that_does_more_is_refused_with_the_remedy():
+    with pytest.raises(InputError, match="asks more of a cache .*maybe_trim_front.*--no-cache"):
+        module_program(lambda: zoo.build("llama4"))
+
+
 @pytest.mark.parametrize("name", ["llama", "mamba"])
 def test_any_architecture_has_a_program_without_a_cache(name, tmp_path):
     from zoo_checks import write_stock
