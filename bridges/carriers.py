@@ -19,10 +19,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..axes import NamedAxes
-from ..checkpoint import SHARD_BYTES, TOLERANCE
+from ..checkpoint import SHARD_BYTES
 from ..edit import edit_graph
 from ..errors import InputError
 from ..layers import renamed_paths, settled
+from ..parity import TOLERANCE
 from ..plan import PrunePlan
 from ..prune import check_plan, pruned_fetch, pruned_shapes, pruner
 from ..residual import entry_of

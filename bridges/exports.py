@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
+
 from ..checkpoint import new_folder
 from ..errors import InputError
 from ..options import DTYPES, PALETTES, ExportOptions
@@ -45,7 +47,7 @@ class Target:
     dtypes: tuple[str, ...] = ("float32",)
     spans: Callable[[Program, ExportOptions], Mapping] | None = None
     tolerance: Callable[[Program, ExportOptions], float] = lambda _, options: (
-        TOLERANCE[options.dtype]
+        TOLERANCE[getattr(mx, options.dtype)]
     )
     finish: Callable[[Path], None] = lambda path: None
 
@@ -300,9 +302,9 @@ TARGETS = {
         'model = coremltools.models.MLModel("{path}")',
         needs=("coremltools",), quantize=("int4", "int8", *PALETTES), dtypes=DTYPES,
         spans=_coreml_spans,
-        tolerance=lambda program, options: TOLERANCE[
-            "float16" if _keeps_cache(program, options) else options.dtype
-        ],  # Core ML keeps states in float16
+        tolerance=lambda program, options: TOLERANCE[  # Core ML keeps states in float16
+            mx.float16 if _keeps_cache(program, options) else getattr(mx, options.dtype)
+        ],
     ),
     "torch": Target(
         "model.pt2", _write_torch, _run_torch, 'module = torch.export.load("{path}").module()',

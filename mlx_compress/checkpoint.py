@@ -24,13 +24,13 @@ import numpy as np
 from .axes import NamedAxes
 from .errors import CompressError, InputError, ResourceError
 from .layers import renamed_paths
+from .parity import TOLERANCE, error_of
 from .plan import PrunePlan
 from .prune import check_plan
 from .stream import Fetch, Progress, silent
 
 SHARD_BYTES = 5 << 30  # as mlx-lm shards
 RECORD = "compression.json"
-TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack",
            "*.npz", "*.onnx")  # fmt: skip
 # What describes the parent's weights, and would mislead or break a loader of the child's.
@@ -187,17 +187,10 @@ def prove(folder: Path, tokens: mx.array, expected: mx.array, dtype: mx.Dtype) -
     want = np.array(expected.astype(mx.float32))
     if logits.shape != want.shape:
         raise NotLoadable(f"stock mlx-lm gives logits of shape {logits.shape}, not {want.shape}.")
-    error = _difference(logits, want)
+    error, _ = error_of(logits, want)
     if not error <= TOLERANCE.get(dtype, TOLERANCE[mx.float32]):
         raise NotLoadable(f"stock mlx-lm's logits differ from the pruned graph's by {error:.1e}.")
     return error
-
-
-def _difference(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest difference over the largest finite entry; equal infinities do not differ."""
-    with np.errstate(invalid="ignore"):
-        apart = np.where(got == want, 0, np.abs(got - want))
-    return float(apart.max() / np.abs(want[np.isfinite(want)]).max(initial=1e-30))
 
 
 def _shards(named, plan, names, dtypes) -> list[list[str]]:

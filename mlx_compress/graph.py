@@ -126,6 +126,15 @@ def signature(graph: Graph) -> list[tuple]:
     return [(n.op, *map(shape, n.outputs)) for n in graph.nodes if n.op not in plain]
 
 
+def dynamic_values(graph: Graph) -> set[int]:
+    """The ids of the values that depend on the graph's inputs, these included."""
+    dynamic = set(graph.inputs)
+    for node in graph.nodes:
+        if dynamic.intersection(node.inputs):
+            dynamic.update(node.outputs)
+    return dynamic
+
+
 def with_outputs(graph: Graph, outputs: Sequence[int]) -> Graph:
     """The same graph with other values as outputs; nodes that they do not need are dropped."""
     needed, kept = set(outputs), []

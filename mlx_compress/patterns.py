@@ -25,7 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .execute import execute
-from .graph import Graph, Node, trace, with_outputs
+from .graph import Graph, Node, dynamic_values, trace, with_outputs
 from .simplify import simplify
 from .sizes import instantiate
 
@@ -140,7 +140,7 @@ class _Search:
         return None
 
     def _reads_inputs(self, bound: _Binding, example: Graph) -> bool:
-        dynamic = _dynamic(self.concrete) if self.pattern.static else ()
+        dynamic = dynamic_values(self.concrete) if self.pattern.static else ()
         return any(bound.arrays[example.inputs[k]] in dynamic for k in self.pattern.static)
 
     def _match(self, pattern: Graph, value: int, sentinels, *, exact: bool) -> Iterator[_Binding]:
@@ -221,15 +221,6 @@ def _plain(entry):
 
 def _equal(a: mx.array, b: mx.array) -> bool:
     return a.shape == b.shape and mx.array_equal(a, b).item()
-
-
-def _dynamic(graph: Graph) -> set[int]:
-    """The values that depend on the model's inputs."""
-    out = set(graph.inputs)
-    for node in graph.nodes:
-        if out.intersection(node.inputs):
-            out.update(node.outputs)
-    return out
 
 
 # ---- causal masks

@@ -13,7 +13,7 @@ import mlx.core as mx
 from .axes import NamedAxes, reads
 from .dims import leaves
 from .execute import window
-from .graph import Graph, Node
+from .graph import Node, dynamic_values
 
 Entry = tuple[str, int]  # a module list and an index into it
 
@@ -64,7 +64,7 @@ class Residuals:
         self.readers = reads(self.graph)
         self.positions = {id(node): k for k, node in enumerate(self.graph.nodes)}
         self.path = {i: path for path, i in self.graph.parameters.items()}
-        self.dynamic = _dynamic(self.graph)
+        self.dynamic = dynamic_values(self.graph)
         self.behind: dict[int, int] = {}  # a sum, or a cast of the stream -> the stream before it
         found = self._sums()
         self.sums = {total for total, _, _ in found}
@@ -266,14 +266,6 @@ class Residuals:
             cut = [len(range(n)[window(n, a, b, step)]) < n for n, a, b, step in bounds]
             return any(less and runs_along(x, k) for k, less in enumerate(cut))
         return False
-
-
-def _dynamic(graph: Graph) -> set[int]:
-    dynamic = set(graph.inputs)
-    for node in graph.nodes:
-        if dynamic.intersection(node.inputs):
-            dynamic.update(node.outputs)
-    return dynamic
 
 
 def _positions(named: NamedAxes) -> set:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from .axis_rules import INPUT, Inference
 from .dims import Axis, Dim, factors, is_wild, leaves, size_of
-from .graph import Graph, Node
+from .graph import Graph, Node, dynamic_values
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Roles:
 
     @classmethod
     def read(cls, graph: Graph, inference: Inference) -> "Roles":
-        dynamic = _depends_on_input(graph)
+        dynamic = dynamic_values(graph)
         heads, query_heads = _attention(graph, inference, dynamic)
         return cls(
             inference,
@@ -112,14 +112,6 @@ def _block(path: str) -> str:
     parts = path.split(".")
     numbers = [k for k, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[0] + 1] if numbers else parts[:-1])
-
-
-def _depends_on_input(graph: Graph) -> set[int]:
-    dynamic = set(graph.inputs)
-    for node in graph.nodes:
-        if dynamic.intersection(node.inputs):
-            dynamic.update(node.outputs)
-    return dynamic
 
 
 def _attention(graph: Graph, inference: Inference, dynamic: set[int]) -> tuple[set, set]:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
+
 from .archive import is_program, save_program
 from .bridges.cases import parity_cases
 from .bridges.exports import Export, copy_tokenizer, export, target_named
@@ -85,7 +87,7 @@ def import_model(source: str, mlx_path: Path, *, trust: bool) -> None:
         raise InputError(f"--torch {source}: is a saved program already.")
     program = open_program(path, trust_remote_code=trust)
     found = compare_with_torch(program, path, trust_remote_code=trust)
-    require(found, TOLERANCE["float32"], str(mlx_path))
+    require(found, TOLERANCE[mx.float32], str(mlx_path))
     with new_folder(mlx_path) as folder:
         save_program(program, folder, {"source": path.name, "parity": [vars(p) for p in found]})
         copy_tokenizer(path)(folder)

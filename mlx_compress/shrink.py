@@ -7,6 +7,7 @@ weights alone are offered.
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from .allocate import block_parameters, choose, prunable, request
@@ -90,6 +91,6 @@ def _prove(program: Program, named: NamedAxes, plan: PrunePlan, pruned: Program)
     feeds = program.feeds()
     pairs = zip(pruned.run(feeds), zeroed.run(feeds), strict=True)
     error = max(error_of(np.array(got), np.array(want))[0] for got, want in pairs)
-    if not error <= TOLERANCE["float32"]:
+    if not error <= TOLERANCE[mx.float32]:
         raise GateFailed(f"the pruned model differs from the zeroed one by {error:.1e}.")
     return error

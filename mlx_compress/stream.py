@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from .execute import execute, require_supported
-from .graph import Graph, Node
+from .graph import Graph, Node, dynamic_values
 
 Fetch = Callable[[Iterable[str]], Mapping[str, mx.array]]
 Progress = Callable[[str, int, int], None]
@@ -44,7 +44,7 @@ class Segment:
 def segments(graph: Graph) -> list[Segment]:
     """Cut a graph into segments that can run one after the other."""
     require_supported(graph)
-    dynamic = _dynamic(graph)
+    dynamic = dynamic_values(graph)
     sequence = [node for node in graph.nodes if dynamic.intersection(node.outputs)]
     cuts = _narrow_cuts(graph, sequence, dynamic)
     bounds = [0, *cuts, len(sequence)]
@@ -195,14 +195,6 @@ def _floating(graph: Graph, value: int) -> bool:
 
 def _made(piece: Segment, wanted: set[int]) -> list[int]:
     return [out for node in piece.nodes for out in node.outputs if out in wanted]
-
-
-def _dynamic(graph: Graph) -> set[int]:
-    dynamic = set(graph.inputs)
-    for node in graph.nodes:
-        if dynamic.intersection(node.inputs):
-            dynamic.update(node.outputs)
-    return dynamic
 
 
 def _nbytes(graph: Graph, value: int) -> int:
