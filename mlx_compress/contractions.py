@@ -4,11 +4,12 @@ What is removed there is all that a unit adds to the model. The graph says where
 no code in the model is touched.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .axes import NamedAxes
-from .dims import Axis, leaves
+from .dims import Axis, leaves, size_of
 from .graph import Graph, Node
 from .second import Window, window_of
 
@@ -49,6 +50,13 @@ class Contraction:
     def contracted(self) -> int:
         """How many axes of the layout are contracted; the last of them is the activation's."""
         return 1 + (len(self.window.kernel) if self.window else 0)
+
+    @property
+    def second_bytes(self) -> int:
+        """What its second moments take in float64."""
+        slots = size_of(self.axis) * (math.prod(self.window.kernel) if self.window else 1)
+        experts = size_of(self.expert_axis) if self.expert_axis else 1
+        return 2 * 8 * experts * slots**2
 
     @property
     def key(self) -> tuple[int, int | None]:

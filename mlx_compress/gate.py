@@ -51,7 +51,7 @@ def most_that_passes(drop_at: Callable[[float], float], asked: float, limit: flo
 def words(options: Options, removed: float | None) -> str:
     """What to ask for instead."""
     if removed is None:
-        return "nothing near it would pass; leave dimensions out, or allow more"
+        return "no amount is known that would pass; leave dimensions out, or allow more"
     if options.params is None:
         return f"--pruning-ratio {removed:.2f} would pass"
     return f"--target params={1 - removed:.2f} would pass"

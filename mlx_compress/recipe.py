@@ -3,7 +3,6 @@ measure. Only this file knows the order; the steps meet in plain data.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from .bridges.measure import check_memory, evaluate_folders
 from .bridges.mlx_lm import LanguageModel, open_model
 from .checkpoint import (
     RECORD,
+    check_free,
     copy_rest,
     new_folder,
     parent_record,
@@ -276,6 +276,8 @@ def compress(
     started = time.perf_counter()
     notes: list[str] = []
     check_memory(model)
+    if options.max_drop is not None:
+        check_free(_rejected(Path(out)))
     windows = read_windows(model, data, "evaluation", options, notes)
     if plan:
         planned = apply_plan(model, plan, options, data, carrier=carrier, progress=progress)
@@ -309,9 +311,7 @@ def _pass_gate(model, planned: Planned, options: Options, report, windows, out: 
     found = drop(dense, worse, options.drop_type)
     if found <= options.max_drop:
         return
-    rejected = out.with_name(f"{out.name}.rejected")
-    if rejected.exists():
-        shutil.rmtree(rejected)
+    rejected = _rejected(out)
     out.rename(rejected)
     passing = _what_passes(model, planned, options, dense, windows)
     raise GateFailed(
@@ -320,12 +320,18 @@ def _pass_gate(model, planned: Planned, options: Options, report, windows, out: 
     )
 
 
+def _rejected(out: Path) -> Path:
+    """Where a model that the gate rejects is kept."""
+    return out.with_name(f"{out.name}.rejected")
+
+
 def _what_passes(model, planned: Planned, options: Options, dense, windows) -> float | None:
     """The largest amount that passes, by the same criterion, from the statistics at hand."""
-    if not planned.dims or options.pruning_ratio is options.params is None:
+    name = planned.verdict.winner.name if planned.verdict else options.importance
+    asked = options.pruning_ratio is not None or options.params is not None
+    if not planned.dims or not asked or name not in CRITERIA:  # a plan that was given
         return None
     text, named = planned.text, inspect(model)
-    name = planned.verdict.winner.name if planned.verdict else options.importance
     scores = CRITERIA[name](text.sources(planned.dims))
     rows = text.batches[0][0].shape[0]
     whole = len(windows.tokens) // rows * rows

@@ -17,7 +17,6 @@ from .calibrate import Statistics, calibrate
 from .choice import Verdict, judge, sequence_losses
 from .contractions import consumers
 from .data import Windows, load_windows
-from .dims import size_of
 from .errors import InputError
 from .importance import (
     CRITERIA,
@@ -131,8 +130,7 @@ class Text:
     def _second(self, dims: tuple[str, ...]) -> MutableMapping:
         """In memory where they are small."""
         places = {p.second_key: p for each in consumers(self.named, dims).values() for p in each}
-        sizes = [size_of(p.axis) for p in places.values()]
-        return {} if sum(16 * n * n for n in sizes) < SPILLED else OnDisk()
+        return {} if sum(p.second_bytes for p in places.values()) < SPILLED else OnDisk()
 
     def sources(self, dims: list[Dimension]) -> Sources:
         """What criteria score by."""

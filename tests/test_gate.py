@@ -26,7 +26,7 @@ def test_bisection_comes_near_to_the_largest_amount_that_passes(limit, asked):
 
 def test_when_nothing_passes_it_says_so():
     assert gate.most_that_passes(lambda removed: 1.0, 0.5, 0.1) is None
-    assert "nothing near it" in gate.words(Options(params=0.5), None)
+    assert "no amount is known" in gate.words(Options(params=0.5), None)
 
 
 def test_what_to_ask_for_is_said_in_the_words_that_were_used():
@@ -79,6 +79,13 @@ def test_a_model_that_loses_too_much_is_kept_aside_with_what_would_pass(compress
     assert failed.value.exit_code == 3 and not (tmp_path / "out").exists()
     report = json.loads((tmp_path / "out.rejected" / "report.json").read_text())
     assert report["compressed"]["nats_per_token"] > report["dense"]["nats_per_token"]
+
+
+def test_an_earlier_rejected_model_is_not_overwritten(compress, tmp_path):
+    (tmp_path / "out.rejected").mkdir()
+    with pytest.raises(InputError, match="out.rejected: exists already"):
+        compress(max_drop=1e-3)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_within_the_gate_is_kept(compress, tmp_path):

@@ -168,6 +168,15 @@ def test_a_grouped_convolution_is_cut_plainly():
     assert [place.layout is not None for place in contractions(named)] == [True, False]
 
 
+@pytest.mark.parametrize("config", [tiny.LLAMA, tiny.MIXTRAL])
+def test_the_memory_of_second_moments_is_known_before_they_are_collected(config):
+    model, batches = tiny.build(config), tiny.batches()
+    case = Case(model, batches, tiny.parameters(model))
+    known = {place.second_key: place.second_bytes for place in contractions(case.named)}
+    held = case.statistics.second
+    assert held and all(array.nbytes == known[key] for key, array in held.items())
+
+
 def test_second_moments_are_sums_over_tokens_of_two_halves():
     held = {"a": noise(4, 6), "b": noise(6, 3, seed=1)}
     batches = [[noise(4, 5, 4, seed=k)] for k in range(3)]
