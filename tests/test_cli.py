@@ -9,7 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_compress import cli, recipe
+from commands import refused
+from mlx_compress import recipe
 from mlx_compress.options import IMPORTANCES
 from mlx_compress.plan import PrunePlan
 
@@ -18,35 +19,9 @@ BOOKS, MODEL = EXAMPLE / "books", EXAMPLE / "books5m"
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mlx-compress", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return (code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
 def folder(tmp_path):
     """A copy of the embedded model that a test may damage."""
     return Path(shutil.copytree(MODEL, tmp_path / "model"))
-
-
-def refused(result, *words, code=2):
-    """The command failed with one line that says all of `words`."""
-    got, _, err = result
-    assert got == code, err
-    lines = [line for line in err.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "Traceback" not in err, err
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 PRUNE = ("--pruning-ratio", "0.25", "--importance", "magnitude")

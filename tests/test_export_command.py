@@ -1,7 +1,6 @@
 """`export`, `import` and what follows: real files, opened by who will open them, or one line."""
 
 import json
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +10,7 @@ from mlx_compress.bridges import exports
 from mlx_compress.bridges.programs import open_program
 
 import tiny
+from commands import refused
 from mlx_compress import cli
 from mlx_compress.archive import load_program, read_record
 from mlx_compress.errors import GateFailed
@@ -18,22 +18,6 @@ from mlx_compress.options import EXPORTS, ExportOptions
 from mlx_compress.parity import random_cases
 
 torch = pytest.importorskip("torch")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mlx-compress", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -58,14 +42,6 @@ def pt2(network, tmp_path):
     program = torch.export.export(network, (torch.zeros(2, 3, 9, 9),), dynamic_shapes=open_batch)
     torch.export.save(program, tmp_path / "net.pt2")
     return tmp_path / "net.pt2"
-
-
-def refused(result, *words, code=2):
-    got, _, err = result
-    lines = [line for line in err.splitlines() if line.startswith("error:")]
-    assert got == code and len(lines) == 1 and "Traceback" not in err, err
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 @pytest.mark.parametrize("target", exports.TARGETS)
