@@ -76,11 +76,11 @@ def calibrate(
     Raises `InputError` on NaN or infinity, naming the parameter that holds it, or else the one
     where it was met.
     """
-    found = consumers(named, dims)
-    places = {p.key: p for each in found.values() for p in each}
+    found = [place for each in consumers(named, dims).values() for place in each]
+    places = {place.key: place for place in found}
     statistics = Statistics(second={} if second is None else second)
-    full = [] if second is None else [p for each in found.values() for p in each if p.layout]
-    sums = SecondMoments(statistics.second, {p.second_key: p for p in full})
+    full = {p.second_key: p for p in found if p.layout and second is not None}
+    sums = SecondMoments(statistics.second, full)
     tapped = {i for key in places for i in key if i is not None}
     tapped |= {p.rows for p in places.values() if p.rows is not None}
     index = _IndexValues(places.values())

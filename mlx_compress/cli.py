@@ -14,29 +14,41 @@ from .errors import InputError, exit_on_error
 from .flags import (
     Batch,
     Carrier,
+    ComputeUnits,
     Config,
     Data,
+    DeploymentTarget,
     Dims,
+    Dtype,
     EvalSamples,
     Exportable,
     Global,
+    GroupSize,
     Ignored,
     Importance,
     Json,
     Length,
     MaybeModel,
+    Metadata,
     Model,
+    NoCache,
     Out,
+    Output,
+    ParityData,
     Plan,
+    Quantize,
     Ratio,
     Refit,
     RoundTo,
     Samples,
     Seed,
+    Sizes,
+    Stateful,
     Target,
+    To,
     Trust,
 )
-from .options import DROP_TYPES, DTYPES, EXPORTS, ExportOptions, Options, among
+from .options import DROP_TYPES, EXPORTS, ExportOptions, Options, among
 
 DEFAULT, EXPORT = Options(), ExportOptions()
 DEFAULT_DIMS = ",".join(DEFAULT.dims)
@@ -212,64 +224,19 @@ def diff(
 @app.command("export")
 def export_model(
     model: Exportable,
-    to: Annotated[
-        str, typer.Option("--to", metavar="LIST", help=f"Of {', '.join(EXPORTS)}; commas between.")
-    ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write; must be new.")
-    ],
+    to: To,
+    output: Output,
     config: Config = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            "--quantize", metavar="HOW",
-            help="int4 or int8 weights; dynamic or static int8 arithmetic (onnx); "
-            "palette2 to palette8 (coreml).",
-        ),
-    ] = EXPORT.quantize,
-    group_size: Annotated[
-        int, typer.Option("--q-group-size", metavar="N", help="Group size of int4 and int8.")
-    ] = EXPORT.group_size,
-    dtype: Annotated[
-        str, typer.Option("--dtype", metavar="NAME", help=f"One of {', '.join(DTYPES)}.")
-    ] = EXPORT.dtype,
-    sizes: Annotated[
-        str | None,
-        typer.Option(
-            "--sizes", metavar="LIST",
-            help="Such as batch=1,length=1..512, where a target cannot leave them open.",
-        ),
-    ] = None,
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="A language model without its KV cache.")
-    ] = False,
-    stateful: Annotated[
-        bool | None,
-        typer.Option(
-            "--stateful/--no-stateful", show_default="where no --sizes are given",
-            help="Keep the KV cache as state inside (coreml).",
-        ),
-    ] = EXPORT.stateful,
-    minimum_deployment_target: Annotated[
-        str, typer.Option("--minimum-deployment-target", metavar="OS", help="As iOS18 (coreml).")
-    ] = EXPORT.minimum_deployment_target,
-    compute_units: Annotated[
-        str, typer.Option("--compute-units", metavar="NAME", help="As coremltools names them.")
-    ] = EXPORT.compute_units,
-    metadata: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--metadata", metavar="KEY=VALUE",
-            help="Such as author=Me or license=MIT, into the file; may be repeated.",
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data", metavar="PATH",
-            help="Real inputs to compare on: text, or an .npz with an array for each input.",
-        ),
-    ] = None,
+    quantize: Quantize = EXPORT.quantize,
+    group_size: GroupSize = EXPORT.group_size,
+    dtype: Dtype = EXPORT.dtype,
+    sizes: Sizes = None,
+    no_cache: NoCache = False,
+    stateful: Stateful = EXPORT.stateful,
+    minimum_deployment_target: DeploymentTarget = EXPORT.minimum_deployment_target,
+    compute_units: ComputeUnits = EXPORT.compute_units,
+    metadata: Metadata = None,
+    data: ParityData = None,
     seed: Seed = EXPORT.seed,
     trust_remote_code: Trust = False,
 ) -> None:

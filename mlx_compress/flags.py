@@ -1,11 +1,11 @@
-"""The options that commands share: their spelling and their help."""
+"""The options of the commands: their spelling and their help."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import IMPORTANCES, KINDS, LAYER_KINDS
+from .options import DTYPES, EXPORTS, IMPORTANCES, KINDS, LAYER_KINDS
 
 
 def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -119,3 +119,63 @@ Carrier = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+# ---- export
+
+To = Annotated[
+    str, typer.Option("--to", metavar="LIST", help=f"Of {', '.join(EXPORTS)}; commas between.")
+]
+Output = Annotated[
+    Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write; must be new.")
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize", metavar="HOW",
+        help="int4 or int8 weights; dynamic or static int8 arithmetic (onnx); "
+        "palette2 to palette8 (coreml).",
+    ),
+]  # fmt: skip
+GroupSize = Annotated[
+    int, typer.Option("--q-group-size", metavar="N", help="Group size of int4 and int8.")
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", metavar="NAME", help=f"One of {', '.join(DTYPES)}.")
+]
+Sizes = Annotated[
+    str | None,
+    typer.Option(
+        "--sizes", metavar="LIST",
+        help="Such as batch=1,length=1..512, where a target cannot leave them open.",
+    ),
+]  # fmt: skip
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="A language model without its KV cache.")
+]
+Stateful = Annotated[
+    bool | None,
+    typer.Option(
+        "--stateful/--no-stateful", show_default="where no --sizes are given",
+        help="Keep the KV cache as state inside (coreml).",
+    ),
+]
+DeploymentTarget = Annotated[
+    str, typer.Option("--minimum-deployment-target", metavar="OS", help="As iOS18 (coreml).")
+]
+ComputeUnits = Annotated[
+    str, typer.Option("--compute-units", metavar="NAME", help="As coremltools names them.")
+]
+Metadata = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metadata", metavar="KEY=VALUE",
+        help="Such as author=Me or license=MIT, into the file; may be repeated.",
+    ),
+]  # fmt: skip
+ParityData = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", metavar="PATH",
+        help="Real inputs to compare on: text, or an .npz with an array for each input.",
+    ),
+]  # fmt: skip

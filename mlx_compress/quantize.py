@@ -15,7 +15,7 @@ from .patterns import recognise
 from .program import Program
 from .stream import Fetch
 
-GROUP_SIZES = (64, 32)
+GROUP_SIZES = (128, 64, 32)
 BITS = (2, 3, 4, 5, 6, 8)
 
 
@@ -24,11 +24,14 @@ def quantize_program(
 ) -> tuple[Program, list[str]]:
     """The program with packed weights, and notes on the layers that stay as they are.
 
-    A layer whose input is no multiple of `group_size` takes groups of 32 where these fit. Raises
+    A layer whose input is no multiple of `group_size` takes smaller groups where these fit. Raises
     `InputError` if no layer can be quantised.
     """
     if bits not in BITS:
         raise InputError(f"bits {bits}: MLX has no such width; choose from {BITS}.")
+    if group_size not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise InputError(f"--q-group-size {group_size}: MLX has {sizes}.")
     graph = recognise(program.graph)
     paths = {number: path for path, number in graph.parameters.items()}
     packer = _Packer(graph, bits)
@@ -54,8 +57,7 @@ def quantize_program(
 
 
 def _group_size(width: int, wanted: int) -> int | None:
-    sizes = [wanted, *(size for size in GROUP_SIZES if size < wanted)]
-    return next((size for size in sizes if width % size == 0), None)
+    return next((size for size in GROUP_SIZES if size <= wanted and width % size == 0), None)
 
 
 class _Packer:

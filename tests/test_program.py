@@ -151,6 +151,8 @@ def test_a_program_without_layers_to_quantise_is_refused(decoder):
         quantize_program(decoder)
     with pytest.raises(InputError, match="bits 7"):
         quantize_program(decoder, bits=7)
+    with pytest.raises(InputError, match="--q-group-size 48: MLX has 128, 64, 32"):
+        quantize_program(decoder, group_size=48)
 
 
 # ---- saved
