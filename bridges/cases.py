@@ -36,7 +36,9 @@ def parity_cases(
 def _real_cases(program: Program, tokenizer, data: Path | None, sizes, seed: int) -> list[Case]:
     if data is not None and Path(data).suffix == ".npz":
         return [Case(Path(data).name, read_arrays(program, data))]
-    if program.inputs[0] != "input_ids" or tokenizer is None or "length" not in program.sizes:
+    cached = [name for name, _ in caches(program)]
+    reads_text = program.inputs == ("input_ids", *cached) and "length" in program.sizes
+    if not reads_text or tokenizer is None:
         if data is not None:
             raise InputError(
                 f"--data {data}: this model reads {', '.join(program.inputs)}; give an .npz file "
@@ -44,9 +46,6 @@ def _real_cases(program: Program, tokenizer, data: Path | None, sizes, seed: int
             )
         return []
     spans = [(sizes.get("past", 0), sizes["length"])] if "length" in sizes else SPANS
-    cached = [name for name, _ in caches(program)]
-    if len(program.inputs) != 1 + len(cached):  # an encoder, which takes a mask as well
-        return []
     spans = spans if cached else [(0, spans[0][1])]
     ids = _ids(tokenizer, data, max(map(sum, spans)), seed)
     words = ("text, {1} tokens", "text, {1} tokens after {0}")

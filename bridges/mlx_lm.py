@@ -106,7 +106,7 @@ def open_model(name: str | Path, *, trust_remote_code: bool = False) -> Language
     missing folder, config or weights, damaged JSON or safetensors, an unknown architecture, or a
     config that asks for code from the folder.
     """
-    path = _locate(name)
+    path = locate(name)
     raw = read_config(path)
     _check_code(path, raw, trust_remote_code)
     _check_weights(path)
@@ -196,7 +196,8 @@ def is_known(config: dict) -> bool:
     return True
 
 
-def _locate(name: str | Path) -> Path:
+def locate(name: str | Path) -> Path:
+    """The folder of that name, or what the hub's repository of that name was fetched to."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path

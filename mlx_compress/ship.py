@@ -10,7 +10,7 @@ import mlx.core as mx
 from .archive import is_program, save_program
 from .bridges.cases import parity_cases
 from .bridges.exports import Export, copy_tokenizer, export, target_named
-from .bridges.mlx_lm import load_tokenizer
+from .bridges.mlx_lm import load_tokenizer, locate
 from .bridges.programs import FORWARD, compare_with_torch, open_program
 from .checkpoint import RECORD, check_free, new_folder
 from .errors import InputError
@@ -34,7 +34,7 @@ def export_model(
     check_places(places, options)
     program = open_program(model, cached=cached, sizes=options.example, trust_remote_code=trust)
     _check_sizes(program, options)
-    source = Path(model).expanduser()
+    source = Path(model) if Path(model).suffix == ".pt2" else locate(model)
     about = {**program.metadata, **_compression(source), **(metadata or {})}
     program = replace(program, metadata=about)
     has_tokenizer = any((source / name).is_file() for name in TOKENIZERS)

@@ -139,6 +139,16 @@ def test_a_torch_program_comes_in_is_pruned_and_goes_out_again(call, pt2, networ
     np.testing.assert_allclose(got, np.array(want), rtol=1e-4, atol=1e-5)
 
 
+def test_text_for_a_model_that_takes_more_than_tokens_is_refused(call, tmp_path):
+    from test_torch_in import bert
+
+    bert(tmp_path / "bert")
+    (tmp_path / "words.txt").write_text("some words")
+    result = call("export", "--model", tmp_path / "bert", "--to", "mlxfn", "-o", tmp_path / "o",
+                  "--data", tmp_path / "words.txt")  # fmt: skip
+    refused(result, "this model reads input_ids, attention_mask", "give an .npz")
+
+
 def test_an_export_that_differs_is_not_written(folder, tmp_path, monkeypatch):
     program = open_program(folder)
     off = exports.Target("model", lambda *a: [], lambda path, options: wrong, "{path}")

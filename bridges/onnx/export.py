@@ -1,6 +1,6 @@
 """Export a program to ONNX: for ONNX Runtime, or whatever reads opset 23.
 
-    written = export_onnx(decoder_program(open_model("model")), "model.onnx")
+    written = export_onnx(open_program("model"), "model.onnx")
 
 Sizes that the program leaves open stay open. The cache of a language model comes in and goes out
 as `past_key_values.*` and `present.*`; attention reads and extends it in one operator.
@@ -20,6 +20,7 @@ from ...graph import Graph, Node
 from ...patterns import recognise
 from ...program import Program
 from ...sizes import Size
+from ..decoder import caches
 from .buffers import CAPACITY, require_buffers, with_buffers
 from .builder import FLOAT, HALF, Builder, Handle, cast, emit
 from .ops import OPS
@@ -163,15 +164,11 @@ def _named(builder: Builder, program: Program, handles: list[Handle]) -> list[Ha
 
 
 def _metadata(program: Program, options: OnnxOptions) -> Mapping[str, str]:
-    pairs = {
-        name: name.replace("past_key_values.", "present.", 1)
-        for name in program.inputs if name.startswith("past_key_values.")
-    }  # fmt: skip
     return {
         **program.metadata,
         "mlx_compress.dtype": options.dtype,
         "mlx_compress.sizes": json.dumps(dict(program.sizes)),
         "mlx_compress.limits": json.dumps(dict(program.limits)),
-        "mlx_compress.cache": json.dumps(pairs),
+        "mlx_compress.cache": json.dumps(dict(caches(program))),
         **({"mlx_compress.positions": str(options.positions)} if options.cache == "buffer" else {}),
     }
