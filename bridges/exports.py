@@ -34,7 +34,7 @@ class Target:
     """`write(program, path, options, cases)` returns notes; `runner(path, options)` may be None.
 
     `load` is the line of code that opens the file. `spans(program, options)` are the sizes that
-    it can be run at, where these are not open.
+    it can be run at, None where these are open.
     `finish(path)` comes after the proof: what trades exactness for speed.
     """
 
@@ -45,7 +45,7 @@ class Target:
     needs: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ("int4", "int8")
     dtypes: tuple[str, ...] = ("float32",)
-    spans: Callable[[Program, ExportOptions], Mapping] | None = None
+    spans: Callable[[Program, ExportOptions], Mapping | None] = lambda program, options: None
     tolerance: Callable[[Program, ExportOptions], float] = lambda _, options: (
         TOLERANCE[getattr(mx, options.dtype)]
     )
@@ -86,8 +86,9 @@ def export(
         program, notes = quantize_program(
             program, bits=int(options.quantize[3:]), group_size=options.group_size
         )
-    if kind.spans is not None:
-        cases = [case for case in cases if _fits(program, case, kind.spans(program, options))]
+    spans = kind.spans(program, options)
+    if spans is not None:
+        cases = [case for case in cases if _fits(program, case, spans)]
     with new_folder(out, flag="-o") as folder:
         path = folder / kind.file
         notes += kind.write(program, path, options, cases)
@@ -188,13 +189,14 @@ def _write_onnx(program, path, options, cases) -> list[str]:
     from .onnx.quantize import quantize_onnx
     from .onnx.scripts import add_scripts
 
-    add_scripts(path, program)
+    add_scripts(path, program, options.kv_cache)
+    how = {"dtype": options.dtype, "cache": options.kv_cache}
     if options.quantize not in ARITHMETIC:
-        written = export_onnx(program, path, dtype=options.dtype, accuracy_level=0)
+        written = export_onnx(program, path, accuracy_level=0, **how)
         return [*written.notes, *([ROUNDED] if _has_blocks(program) else [])]
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         whole = Path(work, path.name)
-        notes = list(export_onnx(program, whole, dtype=options.dtype).notes)
+        notes = list(export_onnx(program, whole, **how).notes)
         feeds = [case.feeds for case in cases] if options.quantize == "static" else None
         done = quantize_onnx(whole, path, calibration=feeds)
     return [*notes, f"{done.layers} of {done.layers_before} products have int8 weights"]
@@ -218,9 +220,18 @@ def _finish_onnx(path: Path) -> None:
 
 
 def _run_onnx(path, options):
+    from .onnx.buffers import in_buffers
     from .onnx.runner import load
 
-    return load(path).run
+    run = load(path).run
+    return in_buffers(run) if options.kv_cache == "buffer" else run
+
+
+def _onnx_spans(program: Program, options: ExportOptions) -> dict | None:
+    """Buffers hold one sequence."""
+    if options.kv_cache == "grow":
+        return None
+    return {"batch": 1, "length": (1, MANY), "past": (0, MANY)}
 
 
 def _write_coreml(program, path, options, cases) -> list[str]:
@@ -295,7 +306,7 @@ TARGETS = {
         "model.onnx", _write_onnx, _run_onnx,
         'session = onnxruntime.InferenceSession("{path}")',
         needs=("onnx", "onnxruntime"), quantize=("int4", "int8", *ARITHMETIC), dtypes=DTYPES,
-        finish=_finish_onnx,
+        spans=_onnx_spans, finish=_finish_onnx,
     ),
     "coreml": Target(
         "model.mlpackage", _write_coreml, _run_coreml,

@@ -27,6 +27,7 @@ from .flags import (
     Ignored,
     Importance,
     Json,
+    KvCache,
     Length,
     MaybeModel,
     Metadata,
@@ -233,6 +234,7 @@ def export_model(
     sizes: Sizes = None,
     no_cache: NoCache = False,
     stateful: Stateful = EXPORT.stateful,
+    kv_cache: KvCache = EXPORT.kv_cache,
     minimum_deployment_target: DeploymentTarget = EXPORT.minimum_deployment_target,
     compute_units: ComputeUnits = EXPORT.compute_units,
     metadata: Metadata = None,
@@ -244,7 +246,7 @@ def export_model(
     options = ExportOptions(
         dtype=dtype, quantize=quantize, group_size=group_size, sizes=_sizes(sizes),
         minimum_deployment_target=minimum_deployment_target, compute_units=compute_units,
-        stateful=stateful, seed=seed,
+        stateful=stateful, kv_cache=kv_cache, seed=seed,
     )  # fmt: skip
     names = _names("--to", to, EXPORTS)
     places = {name: output if len(names) == 1 else output / name for name in names}

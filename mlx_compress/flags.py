@@ -159,6 +159,13 @@ Stateful = Annotated[
         help="Keep the KV cache as state inside (coreml).",
     ),
 ]
+KvCache = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache", metavar="NAME",
+        help="grow, for any batch, or buffer, which decodes faster (onnx).",
+    ),
+]  # fmt: skip
 DeploymentTarget = Annotated[
     str, typer.Option("--minimum-deployment-target", metavar="OS", help="As iOS18 (coreml).")
 ]

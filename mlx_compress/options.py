@@ -13,6 +13,7 @@ LAYER_KINDS = ("layers", "attention", "mlp")
 EXPORTS = ("onnx", "coreml", "torch", "mlxfn")
 PALETTES = ("palette2", "palette4", "palette6", "palette8")
 QUANTIZE = ("int4", "int8", "dynamic", "static", *PALETTES)
+KV_CACHES = ("grow", "buffer")
 DROP_TYPES = ("relative", "absolute")
 DTYPES = ("float32", "float16")
 SMALL = 8  # tokens
@@ -89,7 +90,8 @@ class ExportOptions:
     weights; dynamic and static are ONNX Runtime's int8 arithmetic; palettes are Core ML's. `sizes`
     fix what a target cannot leave open, by a number, or bound it, by the least and the largest.
     `group_size` is that of int4 and int8. `stateful` keeps a KV cache inside; None: where no sizes
-    are given.
+    are given. `kv_cache` of an onnx: one that grows, for any batch, or buffers for one sequence,
+    which decode faster behind a long past.
     """
 
     dtype: str = "float32"
@@ -99,10 +101,12 @@ class ExportOptions:
     minimum_deployment_target: str = "iOS18"
     compute_units: str = "ALL"
     stateful: bool | None = None
+    kv_cache: str = "grow"
     seed: int = 0
 
     def __post_init__(self):
         among("--dtype", (self.dtype,), DTYPES)
+        among("--kv-cache", (self.kv_cache,), KV_CACHES)
         if self.quantize is not None:
             among("--quantize", (self.quantize,), QUANTIZE)
 

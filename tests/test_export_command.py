@@ -58,6 +58,24 @@ def test_every_target_writes_a_file_that_equals_the_model(call, folder, tmp_path
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_a_cache_in_buffers_is_compared_and_told_of(call, tmp_path):
+    config = {**tiny.LLAMA, "hidden_size": 32, "head_dim": 16}
+    tiny.save(config, tmp_path / "model")
+    out = tmp_path / "out"
+    code, _, err = call(
+        "export", "--model", tmp_path / "model", "--to", "onnx", "-o", out, "--kv-cache", "buffer",
+        "--sizes", "length=3,past=4",
+    )  # fmt: skip
+    assert code == 0, err
+    parity = json.loads((out / "export.json").read_text())["parity"]
+    assert [p["case"] for p in parity] == [
+        "random batch 1, length 3, past 4", "random batch 1, length 1, past 0"
+    ]  # fmt: skip
+    assert all(p["max_error"] < 1e-4 for p in parity)
+    page = (out / "README.md").read_text()
+    assert "| past_key_values.0.key | batch, 2, capacity, 16 |" in page and "past_length" in page
+
+
 def test_several_targets_go_into_a_folder_of_their_own(call, folder, tmp_path):
     code, _, err = call("export", "--model", folder, "--to", "onnx,mlxfn", "-o", tmp_path / "out")
     assert code == 0, err

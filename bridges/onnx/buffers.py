@@ -7,6 +7,8 @@ heads, a multiple of 8, for queries, keys and values; a mask that is causal, may
 and one sequence, where several tokens follow a past.
 """
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 import numpy as np
 
@@ -17,8 +19,8 @@ from ...sizes import instantiate, size_named
 from . import attention as plain
 from .builder import INT32, INT64, Builder, Handle, Static, current, emit, with_inner
 from .extents import ints, number, plus
+from .runner import LENGTH, PAST
 
-LENGTH = "past_length"
 CAPACITY = size_named("capacity")
 FAR = 2**16  # windows as wide as this are looked for
 
@@ -52,6 +54,19 @@ def attention(x, a, out):
     )  # fmt: skip
     k.name, v.name = results[1].name, results[2].name
     return plain.heads_forward(results[0], out[0].shape)
+
+
+def in_buffers(run):
+    """A runner of such a file as one whose cache grows: for comparing it with the program."""
+
+    def grown(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        length = feeds["input_ids"].shape[1]
+        past = next(a.shape[2] for name, a in feeds.items() if name.startswith(PAST))
+        wider = [(0, 0), (0, 0), (0, length), (0, 0)]
+        held = {n: np.pad(a, wider) if n.startswith(PAST) else a for n, a in feeds.items()}
+        return run({**held, LENGTH: np.array([past])})
+
+    return grown
 
 
 def with_buffers(builder: Builder) -> None:

@@ -299,16 +299,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     args = vars(parser.parse_args(argv))
-    prompt, count, started = args.pop("prompt"), 0, time.perf_counter()
+    prompt, times = args.pop("prompt"), []
     print(prompt, end="", flush=True)
     try:
         for text in generate(args.pop("model"), prompt, **args):
             print(text, end="", flush=True)
-            count += 1
+            times.append(time.perf_counter())
     except RunError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    print(f"\n[{count / (time.perf_counter() - started):.1f} tokens/s]", file=sys.stderr)
+    speed = ""
+    if len(times) > 1:  # from the first one on: what opens the model is not counted
+        speed = f"[{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s]"
+    print(f"\n{speed}", file=sys.stderr)
 
 
 if __name__ == "__main__":
