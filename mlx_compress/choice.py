@@ -89,12 +89,14 @@ def judge(
 def decide(candidates: list[Candidate], *, seed: int = 0) -> Verdict:
     """The first candidate whose loss cannot be told from the lowest one (95 %, paired).
 
-    `random` is there to be compared with, and never wins.
+    One that only its noise saves is passed over: whose mean is above that of a candidate which was
+    told apart. `random` is there to be compared with, and never wins.
     """
     eligible = [c for c in candidates if c.name != BASELINE]
     best = min(eligible, key=lambda c: c.mean)
     behind = {c.name: _interval(c.losses - best.losses, seed) for c in candidates}
-    winner = next(c for c in eligible if behind[c.name][1] <= 0)
+    worse = min((c.mean for c in eligible if behind[c.name][1] > 0), default=np.inf)
+    winner = next(c for c in eligible if behind[c.name][1] <= 0 and c.mean <= worse)
     return Verdict(winner, candidates, behind)
 
 
