@@ -3,10 +3,13 @@
 A criterion takes what it needs by name from the sources (`Sources`): weights, activations,
 gradients. Scores of a dimension are float64, [units], or [units of the outer one, units] for a
 dimension that is chosen anew within another.
+
+Names joined by + are criteria too: `criterion("magnitude+taylor")`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -122,35 +125,54 @@ def osscar(sources: Sources) -> Scores:
 
     See `osscar.py`. A dimension whose inputs keep no second moments scores by `wanda`.
     """
-    named, second = sources.named, sources.statistics.second
-    out, plain = {}, []
-    by_dim = consumers(named, [d.name for d in sources.dims])
-    for d in sources.dims:
-        places = [p for p in by_dim[d.name] if p.layout and p.weight and p.second_key in second]
-        if len(places) != len(by_dim[d.name]) or not places:
-            plain.append(d)
-            continue
-        out[d.name] = sum(_removal_costs(sources, d, place) for place in places)
-    return out | (wanda(replace(sources, dims=tuple(plain))) if plain else {})
+    places = fully_measured(sources, sources.dims)
+    out = {
+        d.name: sum(_removal_costs(sources, d, place) for place in places[d.name])
+        for d in sources.dims
+        if d.name in places
+    }
+    plain = tuple(d for d in sources.dims if d.name not in out)
+    return out | (wanda(replace(sources, dims=plain)) if plain else {})
 
 
-def _removal_costs(sources: Sources, dim: Dimension, place: Contraction) -> np.ndarray:
+def fully_measured(sources: Sources, dims: Sequence[Dimension]) -> dict[str, list[Contraction]]:
+    """What reads each dimension, for those of which all of it has second moments."""
+    second = sources.statistics.second
+    found = consumers(sources.named, [d.name for d in dims])
+    return {
+        name: places
+        for name, places in found.items()
+        if places and all(p.layout and p.weight and p.second_key in second for p in places)
+    }
+
+
+def read_matrices(sources: Sources, place: Contraction) -> tuple[np.ndarray, np.ndarray]:
+    """The weights of a place and the moments of its inputs, float64 [e, n, m] and [e, n, n]."""
     path = place.weight[0]
     array = sources.fetch([path])[path].astype(mx.float32)
     check_parameter(path, array)
     weights, each = as_matrices(array, place, sources.statistics.second[place.second_key])
-    units = _flat_units(sources.named, dim, place)
+    return weights, each.sum(axis=1)
+
+
+def by_expert(named: NamedAxes, dim: Dimension, place: Contraction) -> bool:
+    """Whether each matrix of the place reads the units of one unit of the outer dimension."""
+    return bool(place.leading and dim.within and dim.within not in named.units_along(place.axis))
+
+
+def _removal_costs(sources: Sources, dim: Dimension, place: Contraction) -> np.ndarray:
+    weights, moments = read_matrices(sources, place)
+    units = flat_units(sources.named, dim, place)
     patches = weights.shape[1] // len(units)
     costs = [
-        removal_costs(weight, moments.sum(axis=0), np.tile(units, patches))
-        for weight, moments in zip(weights, each, strict=True)
+        removal_costs(weight, each, np.tile(units, patches))
+        for weight, each in zip(weights, moments, strict=True)
     ]
-    inside = dim.within in (sources.named.units_along(place.axis) if dim.within else ())
-    total = np.stack(costs) if place.leading and dim.within and not inside else sum(costs)
+    total = np.stack(costs) if by_expert(sources.named, dim, place) else sum(costs)
     return total.reshape(_shape(sources.named, dim))
 
 
-def _flat_units(named: NamedAxes, dim: Dimension, place: Contraction) -> np.ndarray:
+def flat_units(named: NamedAxes, dim: Dimension, place: Contraction) -> np.ndarray:
     """The unit of each slot; of a dimension chosen within another on this axis, counted through."""
     here = named.units_along(place.axis)
     units = here[dim.name]
@@ -158,6 +180,26 @@ def _flat_units(named: NamedAxes, dim: Dimension, place: Contraction) -> np.ndar
         outer = here[dim.within]
         units = np.where((units >= 0) & (outer >= 0), outer * dim.size + units, -1)
     return units
+
+
+def combined(sources: Sources) -> Scores:
+    """Magnitude, activations and gradients together: `magnitude+wanda+taylor`."""
+    return _summed((magnitude, wanda, taylor), sources)
+
+
+def _summed(parts: Sequence[Callable[[Sources], Scores]], sources: Sources) -> Scores:
+    """The sum of scores, each divided by its mean over the dimension.
+
+    So every part has the same say in every layer, and ranking across layers, which divides by the
+    mean too, sees the mean of the curves that the parts would have shown alone. Ranks would not do
+    there: where the parts agree, all layers would look alike.
+    """
+    each = [part(sources) for part in parts]
+    return {d.name: sum(_by_mean(scores[d.name]) for scores in each) for d in sources.dims}
+
+
+def _by_mean(score: np.ndarray) -> np.ndarray:
+    return score / max(float(score.mean()), 1e-300)
 
 
 CRITERIA: dict[str, Callable[[Sources], Scores]] = {
@@ -168,11 +210,42 @@ CRITERIA: dict[str, Callable[[Sources], Scores]] = {
     "fluctuation": fluctuation,
     "fisher": fisher,
     "taylor": taylor,
+    "combined": combined,
     "osscar": osscar,
 }
 NEEDS_DATA = CRITERIA.keys() - {"random", "magnitude"}
-NEEDS_GRADIENTS = {"fisher", "taylor"}
+NEEDS_GRADIENTS = {"fisher", "taylor", "combined"}
 NEEDS_SECOND = {"osscar"}
+
+
+def criterion(name: str) -> Callable[[Sources], Scores]:
+    """The criterion of a name, or of several joined by +, each divided by its mean.
+
+    Raises `InputError` naming the part that is not known.
+    """
+    parts = [CRITERIA[part] for part in _parts(name)]
+    return parts[0] if len(parts) == 1 else partial(_summed, parts)
+
+
+def needs(name: str) -> frozenset[str]:
+    """What `criterion(name)` reads besides weights: of "data", "gradients" and "second" (moments).
+
+    `auto`, which tries every criterion, needs what any of them does.
+    """
+    parts = CRITERIA.keys() if name == "auto" else set(_parts(name))
+    table = {"data": NEEDS_DATA, "gradients": NEEDS_GRADIENTS, "second": NEEDS_SECOND}
+    return frozenset(need for need, names in table.items() if parts & names)
+
+
+def _parts(name: str) -> list[str]:
+    parts = name.split("+")
+    for part in parts:
+        if part not in CRITERIA:
+            raise InputError(
+                f"--importance {name}: there is no {part or 'empty name'}; choose from "
+                f"{', '.join(CRITERIA)}, or join some of these with +."
+            )
+    return parts
 
 
 def unit_sums(

@@ -1,5 +1,6 @@
 """Slow and obvious versions of the maths: plain loops that the fast code must equal."""
 
+import itertools
 import math
 
 import numpy as np
@@ -180,3 +181,68 @@ def sums_by_unit(array, coordinates, name, outer, sizes):
             if unit >= 0 and row >= 0:
                 total[(row, unit) if outer else unit] += x
     return total
+
+
+def weights_times_variance(weight_ON, batches, slots):
+    """Sum over slots of the variance of the inputs over all rows, times the sum of W^2."""
+    total = 0.0
+    for slot in slots:
+        column = [float(row[slot]) for rows in batches for row in rows]
+        mean = sum(column) / len(column)
+        variance = sum((x - mean) ** 2 for x in column) / len(column)
+        total += variance * sum(float(out[slot]) ** 2 for out in weight_ON)
+    return total
+
+
+def squared_weight_times_gradient(pairs, slots):
+    """Sum over slots and over `pairs` of [outputs, slots] of (sum over outputs of w * dL/dw)^2."""
+    return sum(weight_times_gradient([pair], [slot]) ** 2 for pair in pairs for slot in slots)
+
+
+def mean_parts(parts):
+    """For each unit, the sum over `parts` of its score over the mean of the part."""
+    means = [sum(part) / len(part) for part in parts]
+    return [
+        sum(part[u] / mean for part, mean in zip(parts, means, strict=True))
+        for u in range(len(parts[0]))
+    ]
+
+
+def outer_products(rows):
+    """X^T X, row by row."""
+    total = np.zeros((len(rows[0]), len(rows[0])))
+    for row in rows:
+        total += np.outer(row, row).astype(np.float64)
+    return total
+
+
+def loss_without(weight_NM, moments, gone, damping):
+    """Half the squared error of the best weights that are zero on `gone`, solved from scratch.
+
+    `damping`, in means of the diagonal, counts as as much more data in all directions.
+    """
+    damped = moments + damping * np.trace(moments) / len(moments) * np.eye(len(moments))
+    keep = [k for k in range(len(weight_NM)) if k not in set(gone)]
+    best = np.zeros_like(weight_NM)
+    if keep:
+        best[keep] = np.linalg.solve(damped[np.ix_(keep, keep)], damped[keep] @ weight_NM)
+    error = weight_NM - best
+    return 0.5 * float(np.sum(error * (damped @ error)))
+
+
+def greedy_costs(weight_NM, moments, units, damping):
+    """What is lost when a unit goes, the cheapest first; solved anew for each. In order of unit."""
+    gone, costs, left = [], {}, set(units) - {-1}
+    while left:
+        without = {u: gone + [k for k, owner in enumerate(units) if owner == u] for u in left}
+        prices = {u: loss_without(weight_NM, moments, without[u], damping) for u in left}
+        cheapest = min(sorted(left), key=prices.get)
+        costs[cheapest], gone = prices[cheapest], without[cheapest]
+        left.remove(cheapest)
+    return [costs[u] for u in sorted(costs)]
+
+
+def best_subset(units, count, loss):
+    """The `count` of `units` with the lowest loss of all, and that loss."""
+    every = itertools.combinations(sorted(units), count)
+    return min(((list(keep), loss(keep)) for keep in every), key=lambda each: each[1])

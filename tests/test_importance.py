@@ -1,3 +1,5 @@
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import tiny
 from mlx_compress.axes import Dimension, NamedAxes
 from mlx_compress.calibrate import calibrate
 from mlx_compress.errors import InputError
-from mlx_compress.importance import CRITERIA, NEEDS_DATA, NEEDS_GRADIENTS, Sources, unit_sums
+from mlx_compress.importance import CRITERIA, Sources, criterion, needs, unit_sums
 from mlx_compress.options import IMPORTANCES
+from mlx_compress.osscar import DAMPING
 from test_calibrate import axes_of, cubes, fetcher, gradients, recorded, rows_of
 
 LLAMA_LAYER, MOE = "model.layers.1", "model.layers.1.block_sparse_moe"
@@ -29,18 +32,19 @@ def no_compile():
     mx.enable_compile()
 
 
-def scored(criterion, model, names, batches=None, *, loss=cubes, seed=0):
+def scored(name, model, dims, batches=None, *, loss=cubes, seed=0):
     """{dimension: scores} of a model by one criterion."""
     batches = tiny.batches() if batches is None else batches
-    named = axes_of(model, batches)
+    named, needed = axes_of(model, batches), needs(name)
     statistics = None
-    if criterion in NEEDS_DATA:
+    if "data" in needed:
         statistics = calibrate(
-            named, batches, fetcher(model), dims=names,
-            loss=(lambda b, out: loss(out)) if criterion in NEEDS_GRADIENTS else None,
+            named, batches, fetcher(model), dims=dims,
+            loss=(lambda b, out: loss(out)) if "gradients" in needed else None,
+            second={} if "second" in needed else None,
         )  # fmt: skip
-    dims = tuple(named.dimensions[name] for name in names)
-    return CRITERIA[criterion](Sources(named, dims, fetcher(model), statistics, seed))
+    dims = tuple(named.dimensions[dim] for dim in dims)
+    return criterion(name)(Sources(named, dims, fetcher(model), statistics, seed))
 
 
 def changed(model, edits):
@@ -96,12 +100,77 @@ def test_the_names_on_the_command_line_are_those_of_the_criteria():
     assert ("auto", *CRITERIA) == IMPORTANCES
 
 
-def test_magnitude_equals_a_loop_over_the_entries_of_each_unit():
-    model = tiny.build(tiny.LLAMA)
-    weights = tiny.parameters(model)
-    for name, scores in scored("magnitude", model, [MLP, HEADS, QUERY_HEADS]).items():
-        wanted = [reference.unit_norms(weights, llama_unit(name, u)) for u in units(scores)]
-        np.testing.assert_allclose(scores.ravel(), wanted, rtol=1e-5)
+def reading(model, name):
+    """The layer that reads a dimension of the Llama: (its owner, its name, slots per unit)."""
+    layer = model.model.layers[1]
+    if name == MLP:
+        return layer.mlp, "down_proj", lambda u: [u]
+    if name == HEADS:
+        return layer.self_attn, "o_proj", lambda u: head_slots(u, 2, D)
+    return layer.self_attn, "o_proj", lambda u: span(u[0] * 2 + u[1], D)
+
+
+class Given:
+    """What loops need: the layer that reads a dimension of the Llama, its inputs and gradients."""
+
+    def __init__(self, name):
+        self.name, self.model, self.batches = name, tiny.build(tiny.LLAMA), tiny.batches()
+        owner, layer, self.slots = reading(self.model, name)
+        path = f"{LLAMA_LAYER}.{'mlp' if name == MLP else 'self_attn'}.{layer}.weight"
+        self.weights = tiny.parameters(self.model)
+        self.weight = np.array(self.weights[path])
+        self.rows = [rows_of(x) for x, _ in recorded(self.model, owner, layer, self.batches)]
+        sequences = [tokens[k : k + 1] for (tokens,) in self.batches for k in range(len(tokens))]
+        self.pairs = [(self.weight, gradients(self.model, each)[path]) for each in sequences]
+        self.units = units(np.zeros({MLP: 20, HEADS: 2, QUERY_HEADS: (2, 2)}[name]))
+
+    def each(self, score):
+        return [score(unit) for unit in self.units]
+
+
+def loop_osscar(given):
+    owner = np.full(given.weight.shape[1], -1)
+    for k, unit in enumerate(given.units):
+        owner[list(given.slots(unit))] = k
+    moments = reference.outer_products(np.concatenate(given.rows))
+    weight = given.weight.T.astype(np.float64)
+    return reference.greedy_costs(weight, moments, owner.tolist(), DAMPING)
+
+
+LOOPS = {
+    "magnitude": lambda g: g.each(lambda u: reference.unit_norms(g.weights, llama_unit(g.name, u))),
+    "activation": lambda g: g.each(lambda u: reference.handed_on(g.rows, g.slots(u))),
+    "wanda": lambda g: g.each(lambda u: reference.weight_times_input(g.weight, g.rows, g.slots(u))),
+    "fluctuation": lambda g: g.each(
+        lambda u: reference.weights_times_variance(g.weight, g.rows, g.slots(u))
+    ),
+    "fisher": lambda g: g.each(
+        lambda u: reference.squared_weight_times_gradient(g.pairs, g.slots(u))
+    ),
+    "taylor": lambda g: g.each(
+        lambda u: sum(reference.weight_times_gradient([p], g.slots(u)) for p in g.pairs)
+    ),
+    "combined": lambda g: reference.mean_parts(
+        [LOOPS[part](g) for part in ("magnitude", "wanda", "taylor")]
+    ),
+    "osscar": loop_osscar,
+    "activation+fisher": lambda g: reference.mean_parts(
+        [LOOPS[part](g) for part in ("activation", "fisher")]
+    ),
+}
+
+
+def test_every_criterion_has_a_loop_that_it_must_equal():
+    assert CRITERIA.keys() - {"random"} <= LOOPS.keys()
+
+
+@pytest.mark.parametrize("name", [MLP, HEADS, QUERY_HEADS])
+def test_scores_equal_loops_over_what_the_reading_layer_is_given(name):
+    given = Given(name)
+    for each, loop in LOOPS.items():
+        scores = scored(each, given.model, [name], given.batches)[name]
+        rtol = 2e-3 if "gradients" in needs(each) else 2e-4
+        np.testing.assert_allclose(scores.ravel(), loop(given), rtol, 1e-5, err_msg=each)
 
 
 def test_magnitude_of_the_width_equals_a_loop():
@@ -128,31 +197,6 @@ def test_magnitude_of_experts_and_of_their_channels_equals_a_loop():
             assert scores[CHANNELS][e, c] == pytest.approx(
                 reference.unit_norms(weights, unit), 1e-5
             )
-
-
-def reading(model, name):
-    """The layer that reads a dimension of the Llama: (its owner, its name, slots per unit)."""
-    layer = model.model.layers[1]
-    if name == MLP:
-        return layer.mlp, "down_proj", lambda u: [u]
-    if name == HEADS:
-        return layer.self_attn, "o_proj", lambda u: head_slots(u, 2, D)
-    return layer.self_attn, "o_proj", lambda u: span(u[0] * 2 + u[1], D)
-
-
-@pytest.mark.parametrize("name", [MLP, HEADS, QUERY_HEADS])
-def test_activation_and_wanda_equal_loops_over_what_the_reading_layer_is_given(name):
-    model, batches = tiny.build(tiny.LLAMA), tiny.batches()
-    owner, layer, slots = reading(model, name)
-    given = [rows_of(x) for x, _ in recorded(model, owner, layer, batches)]
-    weight = np.array(getattr(owner, layer).weight)
-    activation = scored("activation", model, [name], batches)[name]
-    wanda = scored("wanda", model, [name], batches)[name]
-    for u in units(activation):
-        assert activation[u] == pytest.approx(reference.handed_on(given, slots(u)), 1e-4)
-        assert wanda[u] == pytest.approx(
-            reference.weight_times_input(weight, given, slots(u)), 1e-4
-        )
 
 
 def test_activation_and_wanda_of_experts_channels_see_only_the_rows_of_each_expert():
@@ -190,24 +234,8 @@ def test_the_width_is_scored_once_at_each_value_that_layers_read():
     for u in range(16):
         norms = [reference.handed_on(rows, [u]) ** 2 for rows, _ in places]
         assert activation[u] == pytest.approx(sum(norms) ** 0.5, 1e-4)
-        products = [
-            reference.weight_times_input(w, rows, [u]) for rows, ws in places for w in ws
-        ]
+        products = [reference.weight_times_input(w, rows, [u]) for rows, ws in places for w in ws]
         assert wanda[u] == pytest.approx(sum(products), 1e-4)
-
-
-def test_fluctuation_is_the_variance_of_a_slot_times_its_squared_weights():
-    model, batches = tiny.build(tiny.LLAMA), tiny.batches()
-    owner, layer, slots = reading(model, MLP)
-    rows = np.concatenate([rows_of(x) for x, _ in recorded(model, owner, layer, batches)])
-    weight = np.array(getattr(owner, layer).weight)
-    scores = scored("fluctuation", model, [MLP], batches)[MLP]
-    for u in units(scores):
-        column = [float(row[u]) for row in rows]
-        mean = sum(column) / len(column)
-        variance = sum((x - mean) ** 2 for x in column) / len(column)
-        squares = sum(float(w) ** 2 for w in weight[:, u])
-        assert scores[u] == pytest.approx(variance * squares, 1e-3)
 
 
 def test_fluctuation_of_experts_channels_counts_the_rows_of_each_expert():
@@ -217,39 +245,25 @@ def test_fluctuation_of_experts_channels_counts_the_rows_of_each_expert():
     weight = np.array(owner.down_proj.weight)
     scores = scored("fluctuation", model, [CHANNELS], batches)[CHANNELS]
     for e in range(3):
+        given = [rows_of(x, picked, e) for x, picked in calls]
+        wanted = [reference.weights_times_variance(weight[e], given, [c]) for c in range(10)]
+        np.testing.assert_allclose(scores[e], wanted, rtol=1e-3)
+
+
+def test_osscar_of_experts_channels_counts_the_rows_of_each_expert():
+    model, batches = tiny.build(tiny.MIXTRAL), tiny.batches()
+    owner = model.model.layers[1].block_sparse_moe.switch_mlp
+    calls = recorded(model, owner, "down_proj", batches)
+    weight = np.array(owner.down_proj.weight, dtype=np.float64)
+    scores = scored("osscar", model, [CHANNELS], batches)[CHANNELS]
+    for e in range(3):
         rows = np.concatenate([rows_of(x, picked, e) for x, picked in calls])
-        wanted = rows.var(axis=0) * (weight[e] ** 2).sum(axis=0)
+        moments = reference.outer_products(rows)
+        wanted = reference.greedy_costs(weight[e].T, moments, range(10), DAMPING)
         np.testing.assert_allclose(scores[e], wanted, rtol=1e-3)
 
 
 # ---- Taylor and Fisher
-
-
-@pytest.mark.parametrize("name", [MLP, HEADS])
-def test_fisher_is_the_square_of_weights_times_gradients_sequence_by_sequence(name):
-    model, (tokens,) = tiny.build(tiny.LLAMA), tiny.batches(count=1, rows=3)[0]
-    _, layer, slots = reading(model, name)
-    path = f"{LLAMA_LAYER}.{'mlp' if name == MLP else 'self_attn'}.{layer}.weight"
-    weight = np.array(tiny.parameters(model)[path])
-    batches = [[tokens[k : k + 1]] for k in range(3)]
-    slopes = [gradients(model, each)[path] for (each,) in batches]
-    scores = scored("fisher", model, [name], batches)[name]
-    for u in units(scores):
-        inner = [sum(weight[:, s] * g[:, s]) for g in slopes for s in slots(u)]
-        assert scores[u] == pytest.approx(sum(x**2 for x in inner), 1e-3)
-
-
-@pytest.mark.parametrize("name", [MLP, HEADS, QUERY_HEADS])
-def test_taylor_is_the_weights_times_their_gradients_for_one_sequence(name):
-    model, batches = tiny.build(tiny.LLAMA), tiny.batches(count=1, rows=1)
-    _, layer, slots = reading(model, name)
-    block = "mlp" if name == MLP else "self_attn"
-    path = f"{LLAMA_LAYER}.{block}.{layer}.weight"
-    pair = (np.array(tiny.parameters(model)[path]), gradients(model, batches[0][0])[path])
-    scores = scored("taylor", model, [name], batches)[name]
-    for u in units(scores):
-        wanted = reference.weight_times_gradient([pair], slots(u))
-        assert scores[u] == pytest.approx(wanted, 1e-3, 1e-5)
 
 
 def test_taylor_of_the_width_adds_up_the_weights_that_read_one_value():
@@ -270,19 +284,21 @@ def test_taylor_of_the_width_adds_up_the_weights_that_read_one_value():
         assert scores[u] == pytest.approx(wanted, 1e-3, 1e-5)
 
 
-def test_taylor_of_experts_channels_is_the_weights_times_their_gradients_for_a_batch():
+def test_taylor_and_fisher_of_experts_channels_are_weights_times_gradients_by_batch():
     model, batches = tiny.build(tiny.MIXTRAL), tiny.batches(count=2)
     path = f"{MOE}.switch_mlp.down_proj.weight"
     weight = np.array(tiny.parameters(model)[path])
     slopes = [gradients(model, tokens)[path] for (tokens,) in batches]
-    scores = scored("taylor", model, [CHANNELS], batches)[CHANNELS]
-    assert scores.shape == (3, 10)
+    taylor = scored("taylor", model, [CHANNELS], batches)[CHANNELS]
+    fisher = scored("fisher", model, [CHANNELS], batches)[CHANNELS]
+    assert taylor.shape == fisher.shape == (3, 10)
     for e in range(3):
+        pairs = [(weight[e], slope[e]) for slope in slopes]
         for c in range(10):
-            wanted = sum(
-                reference.weight_times_gradient([(weight[e], slope[e])], [c]) for slope in slopes
-            )
-            assert scores[e, c] == pytest.approx(wanted, 1e-3, 1e-5)
+            wanted = sum(reference.weight_times_gradient([pair], [c]) for pair in pairs)
+            assert taylor[e, c] == pytest.approx(wanted, 1e-3, 1e-5)
+            wanted = reference.squared_weight_times_gradient(pairs, [c])
+            assert fisher[e, c] == pytest.approx(wanted, 2e-3, 1e-5)
 
 
 # ---- planted units
@@ -329,8 +345,8 @@ def test_an_expert_that_is_never_picked_has_channels_worth_nothing():
     calls = recorded(model, owner, "down_proj", batches)
     picked = {int(e) for _, experts in calls for e in np.array(experts).ravel()}
     assert len(picked) == 2  # a router that cannot decide always picks the same
-    for criterion in ("activation", "wanda", "taylor"):
-        scores = scored(criterion, model, [CHANNELS], batches)[CHANNELS]
+    for each in ("activation", "wanda", "taylor"):
+        scores = scored(each, model, [CHANNELS], batches)[CHANNELS]
         for e in range(3):
             assert (scores[e] > 0).all() if e in picked else (scores[e] == 0).all()
 
@@ -342,14 +358,14 @@ def test_an_expert_that_is_never_picked_has_channels_worth_nothing():
 @given(st.permutations(range(20)))
 def test_permuting_the_units_permutes_the_scores(order):
     mlp = f"{LLAMA_LAYER}.mlp"
-    for criterion in ("magnitude", "activation", "wanda", "taylor"):
-        before = scored(criterion, tiny.build(tiny.LLAMA), [MLP])[MLP]
+    for each in ("magnitude", "activation", "wanda", "taylor"):
+        before = scored(each, tiny.build(tiny.LLAMA), [MLP])[MLP]
         model = changed(
             tiny.build(tiny.LLAMA),
             {f"{mlp}.up_proj.weight": lambda a: a[order], f"{mlp}.gate_proj.weight":
              lambda a: a[order], f"{mlp}.down_proj.weight": lambda a: a[:, order]},
         )  # fmt: skip
-        after = scored(criterion, model, [MLP])[MLP]
+        after = scored(each, model, [MLP])[MLP]
         np.testing.assert_allclose(after, before[list(order)], rtol=1e-3, atol=1e-5)
 
 
@@ -371,12 +387,53 @@ def test_random_scores_depend_on_the_seed_only():
         assert (one[name] == two[name]).all() and (one[name] != other[name]).all()
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_scores_are_float64_and_finite_with_an_entry_for_each_unit(criterion):
-    scores = scored(criterion, tiny.build(tiny.MIXTRAL), [HEADS, QUERY_HEADS, CHANNELS])
+@pytest.mark.parametrize("name", [*CRITERIA, "random+osscar"])
+def test_scores_are_float64_and_finite_with_an_entry_for_each_unit(name):
+    scores = scored(name, tiny.build(tiny.MIXTRAL), [HEADS, QUERY_HEADS, CHANNELS])
     shapes = {HEADS: (2,), QUERY_HEADS: (2, 2), CHANNELS: (3, 10)}
     assert {name: s.shape for name, s in scores.items()} == shapes
     assert all(s.dtype == np.float64 and np.isfinite(s).all() for s in scores.values())
+
+
+# ---- combinations
+
+
+def test_every_part_has_the_same_say_in_every_dimension_whatever_its_scale():
+    model, names = tiny.build(tiny.LLAMA), [MLP.replace("1", "0"), MLP]
+    before = scored("wanda+fluctuation", model, names)
+    assert [before[name].mean() for name in names] == pytest.approx([2, 2])
+    louder = changed(model, {f"{LLAMA_LAYER}.mlp.down_proj.weight": lambda a: 10 * a})
+    after = scored("wanda+fluctuation", louder, names)
+    for name in names:
+        np.testing.assert_allclose(after[name], before[name], rtol=1e-4)
+
+
+def test_a_part_that_knows_nothing_of_a_dimension_leaves_it_to_the_others():
+    """All inputs of the layer are dead, so that only magnitude has a word."""
+    path = f"{LLAMA_LAYER}.mlp.up_proj.weight"
+    model = changed(tiny.build(tiny.LLAMA), {path: np.zeros_like})
+    both, alone = scored("magnitude+wanda", model, [MLP]), scored("magnitude", model, [MLP])
+    np.testing.assert_allclose(both[MLP], alone[MLP] / alone[MLP].mean())
+
+
+@pytest.mark.parametrize("name, wanted", [
+    ("magnitude", set()), ("random+magnitude", set()), ("wanda", {"data"}),
+    ("magnitude+taylor", {"data", "gradients"}), ("combined", {"data", "gradients"}),
+    ("osscar", {"data", "second"}), ("fisher+osscar", {"data", "gradients", "second"}),
+    ("auto", {"data", "gradients", "second"}),
+])  # fmt: skip
+def test_a_combination_needs_what_its_parts_need(name, wanted):
+    assert needs(name) == wanted
+
+
+@pytest.mark.parametrize("name, part", [
+    ("magnitud", "magnitud"), ("wanda+auto", "auto"), ("wanda+", "empty name"), ("", "empty name"),
+])  # fmt: skip
+def test_a_part_that_is_not_known_is_named_with_those_that_are(name, part):
+    message = re.escape(f"--importance {name}: there is no {part}; choose from random, magnitude,")
+    for asking in (criterion, needs):
+        with pytest.raises(InputError, match=f"^{message}"):
+            asking(name)
 
 
 # ---- unit_sums
@@ -428,16 +485,16 @@ def test_a_parameter_that_is_not_finite_is_named_by_magnitude_and_by_wanda():
 
     path = f"{LLAMA_LAYER}.mlp.down_proj.weight"  # what it spoils is read by the head alone
     model = changed(tiny.build(tiny.LLAMA), {path: spoil})
-    for criterion in ("magnitude", "wanda"):
+    for each in ("magnitude", "wanda"):
         with pytest.raises(InputError, match=f"^{path}: holds NaN or infinity"):
-            scored(criterion, model, [MLP])
+            scored(each, model, [MLP])
 
 
-@pytest.mark.parametrize("criterion", ["activation", "wanda", "taylor"])
-def test_a_dimension_that_no_weights_read_is_refused(criterion):
+@pytest.mark.parametrize("name", ["activation", "wanda", "taylor", "magnitude+wanda"])
+def test_a_dimension_that_no_weights_read_is_refused(name):
     model = tiny.build(tiny.MIXTRAL)
     with pytest.raises(
         InputError,
         match=f"^{MOE}.experts: no weights read it directly.*--importance magnitude",
     ):
-        scored(criterion, model, [f"{MOE}.experts"])
+        scored(name, model, [f"{MOE}.experts"])
