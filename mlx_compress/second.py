@@ -8,8 +8,9 @@ import itertools
 import math
 import shutil
 import tempfile
+import uuid
 import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Hashable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,29 +64,52 @@ def patches(value: mx.array, window: Window | None) -> mx.array:
 
 
 class OnDisk(MutableMapping):
-    """A mapping whose arrays lie in a temporary folder, in float32; gone with the object."""
+    """Arrays by key, each in a .npy file of its own that is read whenever it is asked for.
 
-    def __init__(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="mlx-compress-moments-"))
-        self.remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        self.files: dict[tuple, Path] = {}
+    They lie in a temporary folder that is gone with the object, or in `folder`, where files stay:
+    a new value is a new file beside the old one. `owner` lives as long as the mapping, `variable`
+    names the environment variable that says where the folder lies.
 
-    def __getitem__(self, key: tuple) -> np.ndarray:
-        return np.load(self.files[key]).astype(np.float64)
+    Raises `ResourceError` when the disk is full.
+    """
 
-    def __setitem__(self, key: tuple, array: np.ndarray) -> None:
+    def __init__(
+        self, folder: Path | None = None, *, owner: object = None, variable: str = "TMPDIR"
+    ):
+        self.temporary = folder is None
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="mlx-compress-moments-"))
+        self.owner, self.variable = owner, variable
+        self.files: dict[Hashable, Path] = {}
+        if self.temporary:
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+    def __getitem__(self, key: Hashable) -> np.ndarray:
+        return np.load(self.files[key], allow_pickle=False)
+
+    def __setitem__(self, key: Hashable, array: np.ndarray) -> None:
+        remedy = f"point {self.variable} to a larger disk, or give --no-refit."
         free = shutil.disk_usage(self.folder).free
-        needed = array.size * 4
-        if needed > free:
+        if array.nbytes > free:
             raise ResourceError(
-                f"{self.folder}: second moments need {needed / 1e9:.1f} GB more, {free / 1e9:.1f} "
-                "GB are free; point TMPDIR to a larger disk, or give --no-refit."
+                f"{self.folder}: statistics need {array.nbytes / 1e9:.3g} GB more, "
+                f"{free / 1e9:.3g} GB are free; {remedy}"
             )
-        file = self.files.setdefault(key, self.folder / f"{len(self.files)}.npy")
-        np.save(file, array.astype(np.float32))
+        old, file = self.files.get(key), self.folder / f"{uuid.uuid4().hex}.npy"
+        try:
+            np.save(file, array, allow_pickle=False)
+        except OSError as error:
+            raise ResourceError(f"{file}: cannot be written ({error}); {remedy}") from error
+        self.files[key] = file
+        if old and self.temporary:
+            old.unlink()
 
-    def __delitem__(self, key: tuple) -> None:
-        self.files.pop(key).unlink()
+    def __delitem__(self, key: Hashable) -> None:
+        file = self.files.pop(key)
+        if self.temporary:
+            file.unlink()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.files  # a mapping's own way would read the file
 
     def __iter__(self):
         return iter(self.files)
@@ -95,7 +119,11 @@ class OnDisk(MutableMapping):
 
 
 class SecondMoments:
-    """Adds batches up; a place's sums go to `held` when the last batch of a pass has come."""
+    """Adds batches up; a place's sums go to `held` when the last batch of a pass has come.
+
+    One batch after the other is added to what `held` has, in the dtype of the sums: how batches
+    are divided into passes, and where `held` keeps its arrays, shows in no bit.
+    """
 
     def __init__(self, held: MutableMapping[tuple, np.ndarray], places: Mapping[tuple, object]):
         self.held, self.places = held, dict(places)
@@ -107,10 +135,12 @@ class SecondMoments:
         batch = self._of(place, value.astype(mx.float32), index)
         if batch is None:
             return
-        self.sums[key] = self.sums[key] + batch if key in self.sums else batch
+        if key in self.sums:
+            self.sums[key] += batch
+        else:
+            self.sums[key] = self.held[key] + batch if key in self.held else batch
         if last:
-            total = self.sums.pop(key)
-            self.held[key] = self.held[key] + total if key in self.held else total
+            self.held[key] = self.sums.pop(key)
 
     def _of(self, place, value: mx.array, index) -> np.ndarray | None:
         rows, experts = index
@@ -129,7 +159,7 @@ class SecondMoments:
 
 
 def _halves(x: mx.array) -> np.ndarray:
-    """X^T X of the first and of the second half of the rows, float64 [2, n, n]."""
+    """X^T X of the first and of the second half of the rows, [2, n, n]; float32 beyond `FINE`."""
     middle = x.shape[0] // 2
     parts = [part.T @ part for part in (x[:middle], x[middle:])]
     mx.eval(parts)
@@ -146,4 +176,5 @@ def as_matrices(array: mx.array, place, halves: np.ndarray) -> tuple[np.ndarray,
     ends = (place.leading, place.leading + place.contracted)
     lead, inner = moved.shape[: ends[0]], moved.shape[slice(*ends)]
     matrices = moved.reshape(math.prod(lead), math.prod(inner), -1)
+    halves = halves.astype(np.float64, copy=False)
     return matrices, halves.swapaxes(0, 1) if place.leading else halves[None]

@@ -134,18 +134,22 @@ def stream_backward(
 
 
 def groups(
-    graph: Graph, batches: Sequence[Sequence[mx.array]], progress: Progress = silent
+    graph: Graph,
+    batches: Sequence[Sequence[mx.array]],
+    progress: Progress = silent,
+    *,
+    start: int = 0,
 ) -> Iterator[tuple[int, Sequence[Sequence[mx.array]], Progress]]:
     """Divide batches so that what `stream_forward` keeps of each group takes little memory.
 
-    Yields the index of a group's first batch, the group, and the progress to give to its passes,
-    which counts over all of the batches.
+    Yields, from batch `start` on, the index of a group's first batch, the group, and the progress
+    to give to its passes, which counts over all of the batches.
     """
     reads = {i for piece in segments(graph) for i in piece.reads}
     weights = sum(_nbytes(graph, i) for i in graph.parameters.values())
     room = max(KEPT_BYTES, KEPT * weights)
     count = max(1, int(room // max(1, sum(_nbytes(graph, i) for i in reads))))
-    for first in range(0, len(batches), count):
+    for first in range(start, len(batches), count):
         group = batches[first : first + count]
         yield first, group, partial(_part, progress, first, len(group), len(batches))
 

@@ -63,6 +63,14 @@ def rows_of(x, experts=None, expert=None):
     return rows if experts is None else rows[np.array(experts).reshape(-1) == expert]
 
 
+def loop_peak(batches):
+    peak = np.zeros(batches[0].shape[-1])
+    for row in np.concatenate(batches):
+        for k, x in enumerate(row):
+            peak[k] = max(peak[k], abs(x))
+    return peak
+
+
 def gradients(model, tokens, loss=cubes):
     """dL/dw of every parameter, as MLX finds it for the model itself."""
     held = tiny.parameters(model)
@@ -150,6 +158,23 @@ def test_moments_are_sums_over_the_rows_that_a_layer_is_given(rows):
         norm = sum(np.sqrt((x**2).sum(axis=0)) for x in given)
         np.testing.assert_allclose(held.square[expert], square, rtol=1e-4)
         np.testing.assert_allclose(held.norm[expert], norm, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_peaks_are_the_largest_magnitudes_of_all_rows(rows):
+    batches = tiny.batches(rows=rows)
+    model = tiny.build(tiny.MIXTRAL)
+    experts, heads = "model.layers.0.block_sparse_moe.switch_mlp.channels", "self_attn.heads"
+    dims = [experts, f"model.layers.1.{heads}"]
+    statistics = calibrate(axes_of(model, batches), batches, fetcher(model), dims=dims)
+    held = {key[1] is None: moments for key, moments in statistics.moments.items()}
+    layers = model.model.layers
+    calls = recorded(model, layers[1].self_attn, "o_proj", batches)
+    np.testing.assert_array_equal(held[True].peak, loop_peak([rows_of(x) for x, _ in calls]))
+    calls = recorded(model, layers[0].block_sparse_moe.switch_mlp, "down_proj", batches)
+    for expert in range(3):
+        given = [rows_of(x, picked, expert) for x, picked in calls]
+        np.testing.assert_allclose(held[False].peak[expert], loop_peak(given), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [2, 40])
