@@ -11,7 +11,7 @@ import json
 import mmap
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,18 +91,33 @@ def read_split(data: str | Path, split: str) -> Split:
     Raises `InputError`, one line with file, value and remedy: nothing there, no split, an empty
     or binary file, a line that is not JSON, a record of no known format.
     """
-    path, half, notice = _locate(Path(data), split)
-    read = _read_jsonl if path.suffix == ".jsonl" else _read_text
+    path, half, notice = locate(Path(data), split)
+    records, more = read_records(path, half)
+    return Split(records, path, f"{notice} {more}".strip())
+
+
+def read_records(
+    path: Path, half: int | None = None, check: Callable[[str, object], dict] | None = None
+) -> tuple[list[str | dict], str]:
+    """Records of a .jsonl or pieces of a .txt, of its first (0) or second (1) half, and a notice.
+
+    `check(where, record)` returns what one JSON record is read as, or raises `InputError`; by
+    default it must be of a known format. Raises `InputError` as `read_split` does.
+    """
     try:
         size = path.stat().st_size
-        records = read(path, half) if size else []
+        records = _read(path, half, check or known_record) if size else []
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
     if not records:
         raise InputError(_nothing(path, size, half))
-    if size > READ_BYTES * (2 if half is not None else 1):
-        notice += f" {path}: of {size / 2**20:.0f} MiB only {READ_BYTES >> 20} MiB are read."
-    return Split(records, path, notice.strip())
+    if size <= READ_BYTES * (2 if half is not None else 1):
+        return records, ""
+    return records, f"{path}: of {size / 2**20:.0f} MiB only {READ_BYTES >> 20} MiB are read."
+
+
+def _read(path: Path, half: int | None, check) -> list[str | dict]:
+    return _read_jsonl(path, half, check) if path.suffix == ".jsonl" else _read_text(path, half)
 
 
 def tokenize(
@@ -173,21 +188,27 @@ def target_bytes(tokens_NT: np.ndarray, tokenizer) -> np.ndarray:
     return np.array([size(row) - size(row[:1]) for row in tokens_NT], dtype=np.int64)
 
 
-def _locate(data: Path, split: str) -> tuple[Path, int | None, str]:
-    """The file of a split, which half of it (None: all), and a notice."""
+def locate(
+    data: Path, split: str, suffixes: Sequence[str] = SUFFIXES
+) -> tuple[Path, int | None, str]:
+    """The file of a split, which half of it (0, 1, or None for all), and a notice.
+
+    `data` is a folder or a file, as for `read_split`; of two suffixes the first goes before.
+    Raises `InputError` where there is no such file.
+    """
     assert split in SPLITS, split
     if data.is_file():
-        if data.suffix not in SUFFIXES:
-            suffix = data.suffix or "no suffix"
-            raise InputError(f"{data}: {suffix} is not read; give a .txt or .jsonl file.")
+        if data.suffix not in suffixes:
+            suffix, known = data.suffix or "no suffix", " or ".join(reversed(suffixes))
+            raise InputError(f"{data}: {suffix} is not read; give a {known} file.")
         return data, _half(split), f"{data}: {_HALVES}"
     if not data.is_dir():
         raise InputError(
             f"{data}: no such file or folder; --data takes a folder with train, valid or test "
-            "as .jsonl or .txt, or one such file."
+            f"as {' or '.join(suffixes)}, or one such file."
         )
-    path = _first(data, split)
-    if all(_first(data, other) == path for other in SPLITS):
+    path = _first(data, split, suffixes)
+    if all(_first(data, other, suffixes) == path for other in SPLITS):
         return path, _half(split), f"{data}: only {path.name} is here; {_HALVES}"
     if split == "calibration" and path.stem != "train":
         return path, None, f"{data}: no train split, so calibration reads {path.name}."
@@ -201,8 +222,8 @@ def _half(split: str) -> int:
     return list(SPLITS).index(split)
 
 
-def _first(folder: Path, split: str) -> Path:
-    names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in SUFFIXES]
+def _first(folder: Path, split: str, suffixes: Sequence[str]) -> Path:
+    names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in suffixes]
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -268,13 +289,14 @@ def _decode(path: Path, raw: bytes, offset: int) -> str:
     return text
 
 
-def _read_jsonl(path: Path, half: int | None) -> list[dict]:
+def _read_jsonl(path: Path, half: int | None, check) -> list[dict]:
     records, offset, limit = [], 0, READ_BYTES * (2 if half is not None else 1)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             text = _decode(path, line, offset).lstrip("\ufeff")
             if text.strip():
-                records.append(_record(f"{path}:{number}", text))
+                where = f"{path}:{number}"
+                records.append(check(where, _json(where, text)))
             offset += len(line)
             if offset >= limit:
                 break
@@ -282,8 +304,7 @@ def _read_jsonl(path: Path, half: int | None) -> list[dict]:
     return records if half is None else (records[:middle], records[middle:])[half]
 
 
-def _record(where: str, line: str) -> dict:
-    """One record of a known format, checked."""
+def _json(where: str, line: str):
     try:
         record = json.loads(line)
         if "\\u" in line:
@@ -292,6 +313,11 @@ def _record(where: str, line: str) -> dict:
         raise InputError(
             f"{where}: not JSON ({error}); each line must be one JSON object."
         ) from error
+    return record
+
+
+def known_record(where: str, record) -> dict:
+    """One record of text, of a known format."""
     keys = list(record) if isinstance(record, dict) else []
     wanted = next((names for names in FORMATS if set(names) <= set(keys)), None)
     if wanted is None:
