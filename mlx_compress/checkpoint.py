@@ -155,7 +155,8 @@ def _is_vocabulary(file: Path) -> bool:
 
 def parent_record(parent: Path) -> dict:
     """The parent's name and the SHA-256 of its config and weights."""
-    files = [parent / "config.json", *sorted(parent.glob("model*.safetensors"))]
+    files = [parent / "config.json", parent / "graph.json"]
+    files = [f for f in files if f.exists()] + sorted(parent.glob("model*.safetensors"))
     digests = {}
     for file in files:
         with file.open("rb") as stream:

@@ -14,7 +14,7 @@ import numpy as np
 from .allocate import Request, choose
 from .axes import Dimension, NamedAxes
 from .edit import edit_graph
-from .importance import CRITERIA, Sources
+from .importance import CRITERIA, Sources, criterion
 from .options import Options
 from .plan import PrunePlan
 from .prune import Cutter, pruned_fetch
@@ -78,7 +78,7 @@ def judge(
     candidates, names = [], list(names)
     for k, name in enumerate(names):
         started = time.perf_counter()
-        scores = CRITERIA[name](sources)
+        scores = criterion(name)(sources)
         seconds = time.perf_counter() - started
         plan = choose(sources.named, dims, scores, wanted, options, {"importance": name})
         candidates.append(Candidate(name, plan, losses(plan), seconds))

@@ -20,14 +20,15 @@ CONTRACTIONS = {"Matmul": -2, "AddMM": -2, "GatherMM": -2, "Convolution": -1}
 class Contraction:
     """A product of an activation with weights, over the activation's last axis.
 
-    `value` is the activation's id, [..., n]; `axis` its contracted axis. `weight` is (parameter
-    path, axis) where the operand is a parameter, else None. `experts` is the id of the indices
-    that pick an expert for each row, None for plain weights. `window` says how a convolution
-    takes patches. `layout` is the order in which the parameter's axes read: experts, what is
-    contracted, what comes out; None where it cannot be said so.
+    `value` is the activation's id, [..., n], and `output` the product's; `axis` is the contracted
+    axis. `weight` is (parameter path, axis) where the operand is a parameter, else None.
+    `experts` is the id of the indices that pick an expert for each row, None for plain weights.
+    `window` says how a convolution takes patches. `layout` is the order in which the parameter's
+    axes read: experts, what is contracted, what comes out; None where it cannot be said so.
     """
 
     value: int
+    output: int
     axis: Axis
     weight: tuple[str, int] | None
     experts: int | None = None
@@ -79,6 +80,7 @@ def contractions(named: NamedAxes) -> list[Contraction]:
         out.append(
             Contraction(
                 value=node.inputs[0],
+                output=node.outputs[0],
                 axis=axes[node.inputs[0]][-1],
                 weight=weight if _has_slots(graph, weight, node.inputs[0]) else None,
                 experts=routed,

@@ -19,7 +19,7 @@ DTYPES = ("float32", "float16")
 SMALL = 8  # tokens
 IMPORTANCES = (
     "auto", "random", "magnitude", "activation", "wanda", "fluctuation", "fisher", "taylor",
-    "osscar",
+    "combined", "osscar",
 )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ class Options:
         among("--drop-type", (self.drop_type,), DROP_TYPES)
         if self.max_drop is not None and not self.max_drop >= 0:
             raise InputError(f"--max-drop {self.max_drop:g}: must be 0 or more.")
-        among("--importance", (self.importance,), IMPORTANCES)
+        among("--importance", tuple(self.importance.split("+")), IMPORTANCES)
         among("--dims", self.dims, KINDS + LAYER_KINDS)
 
     def require_amount(self) -> None:

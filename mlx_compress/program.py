@@ -16,7 +16,7 @@ from .errors import InputError
 from .execute import run as run_graph
 from .graph import SHAPE_ONLY, Graph, trace
 from .plan import PrunePlan
-from .prune import pruned_fetch, pruner
+from .prune import Cutter, pruned_fetch, pruner
 from .sizes import instantiate, sizes_of, solve
 from .stream import Fetch
 
@@ -131,12 +131,13 @@ def of_arrays(parameters: Mapping[str, mx.array]) -> Fetch:
     return lambda paths: {path: parameters[path] for path in paths}
 
 
-def prune_program(program: Program, plan: PrunePlan) -> Program:
+def prune_program(program: Program, plan: PrunePlan, cut: Cutter | None = None) -> Program:
     """The program after pruning, without any config: from the edited graph.
 
-    The plan is made for `named_axes(program.at())`. Raises `InputError` for another model's.
+    `cut` says how parameters are cut, if not simply to what is kept. The plan is made for
+    `named_axes(program.at())`. Raises `InputError` for another model's.
     """
-    cut = pruner(named_axes(program.at()), plan)
+    cut = cut or pruner(named_axes(program.at()), plan)
 
     def at(**corner: int) -> Graph:
         return edit_graph(named_axes(instantiate(program.graph, corner)), plan)

@@ -77,6 +77,20 @@ def prune_array(array: mx.array, cuts: list[Pick]) -> mx.array:
     return array
 
 
+def spread_array(array: mx.array, cuts: list[Pick], shape: tuple[int, ...]) -> mx.array:
+    """The inverse of `prune_array`: an array of `shape`, zero where slots were removed."""
+    for pick in reversed(cuts):
+        wider = tuple(shape[k] if k == pick.axis else n for k, n in enumerate(array.shape))
+        if pick.along is None:
+            order = [1] * array.ndim
+            order[pick.axis] = array.shape[pick.axis]
+            where = mx.broadcast_to(mx.array(pick.slots).reshape(order), array.shape)
+        else:
+            where = _spread(pick, array.shape)
+        array = mx.put_along_axis(mx.zeros(wider, array.dtype), where, array, axis=pick.axis)
+    return array
+
+
 def pruner(named: NamedAxes, plan: PrunePlan) -> Cutter:
     """How a plan cuts a parameter: the kept slots as they are."""
     return lambda path, array: prune_array(array, picks(named, plan, path))

@@ -25,6 +25,7 @@ from .axes import Dimension, NamedAxes, named_axes
 from .bridges.carriers import Carrier, advice, carrier_named, carriers, write_carrier
 from .bridges.measure import check_memory, evaluate_folders
 from .bridges.mlx_lm import LanguageModel, open_model
+from .calibration import Calibration
 from .checkpoint import (
     RECORD,
     check_free,
@@ -42,20 +43,19 @@ from .edit import edit_graph
 from .errors import GateFailed, InputError
 from .expressible import fitted_config, snap
 from .gate import amount, drop, most_that_passes, with_amount, words
-from .importance import CRITERIA, NEEDS_DATA
+from .importance import needs
 from .layers import dropped_parameters, is_layer_cut, renamed_paths, settled, without
 from .options import KINDS, Options
 from .plan import PrunePlan, describe
-from .prune import check_plan, pruned_fetch, pruner
-from .refit import Refit, refit
+from .prune import Cutter, check_plan, pruned_fetch, pruner
 from .report import write_report
 from .scoring import (
     PROOF_TOKENS,
-    Text,
+    as_samples,
     best_plan,
     inspect,
     layer_scores,
-    lost,
+    on_text,
     read_windows,
     unit_scores,
 )
@@ -71,9 +71,10 @@ class Planned:
     kept_parameters: float
     notes: list[str] = field(default_factory=list)
     carrier: Carrier | None = None
-    cut: Refit | None = None  # how each parameter is cut, where not simply to what is kept
+    cut: Cutter | None = None  # how each parameter is cut, where not simply to what is kept
+    refit: dict = field(default_factory=dict)  # how it was fitted, and why so
     verdict: Verdict | None = None  # why this criterion
-    text: Text | None = None  # the statistics it stands on
+    calibration: Calibration | None = None  # what it stands on
     dims: list[Dimension] = field(default_factory=list)
 
 
@@ -83,16 +84,17 @@ def make_plan(
     data: str | Path | None = None,
     *,
     carrier: str | None = None,
+    kept: Path | None = None,
     progress: Progress = silent,
 ) -> Planned:
     """Decide what to keep. Reads calibration text where the criterion needs it.
 
     Raises `InputError` before the long part when the request cannot be met: no data, nothing to
     prune, no stock config that could express the shapes. `carrier` names another stock
-    architecture that is to hold the result.
+    architecture that is to hold the result. `kept` is where statistics are kept between runs.
     """
     options.require_amount()
-    if data is None and (options.importance == "auto" or options.importance in NEEDS_DATA):
+    if data is None and "data" in needs(options.importance):
         raise InputError(f"--importance {options.importance} reads text: give --data.")
     named = inspect(model)
     notes = list(model.notes)
@@ -103,30 +105,33 @@ def make_plan(
     for d in layers if carrier is None else ():
         _planned(model, named, PrunePlan({d.name: without(d, d.removable[-1:])}), [], None)
     notes += wanted.notes
-    text = Text(model, data, options, notes, progress)
+    calibration = on_text(model, data, options, notes, kept=kept, progress=progress)
     plan = PrunePlan({}, {k: v for k, v in asdict(options).items() if v is not None})
     verdict = None
     if dims and options.importance == "auto":
-        verdict = best_plan(text, dims, wanted)
+        verdict = best_plan(calibration, dims, wanted)
         plan = PrunePlan(verdict.winner.plan.cuts, {**plan.recipe, "chosen": verdict.winner.name})
     elif dims:
-        plan = choose(named, dims, unit_scores(text, dims), wanted, options, plan.recipe)
+        plan = choose(
+            named, dims, unit_scores(calibration, named, dims), wanted, options, plan.recipe
+        )
     if layers:
-        cuts = plan.cuts | choose_layers(named, layers, layer_scores(text, layers), options)
+        scores = layer_scores(calibration, named, layers)
+        cuts = plan.cuts | choose_layers(named, layers, scores, options)
         plan = settled(named, PrunePlan(cuts, plan.recipe))
     planned = _planned(model, named, plan, notes, carrier)
     planned.verdict = verdict
-    return _refitted(planned, text, dims)
+    return _refitted(planned, calibration, dims)
 
 
-def _refitted(planned: Planned, text: Text, dims: list[Dimension]) -> Planned:
-    """Fit the kept weights anew, where there is text to do it with."""
-    planned.text, planned.dims = text, dims
-    if dims and text.options.refit:
-        if text.data is None:
+def _refitted(planned: Planned, calibration: Calibration, dims: list[Dimension]) -> Planned:
+    """Fit the kept weights anew, where there are samples to do it with."""
+    planned.calibration, planned.dims = calibration, dims
+    if dims and calibration.options.refit:
+        if calibration.read is None:
             planned.notes.append("no --data: the kept weights are not refitted")
         else:
-            planned.cut = refit(text.named, planned.plan, text.statistics(dims))
+            planned.cut, planned.refit = calibration.fitted(planned.plan, dims)
     return planned
 
 
@@ -198,8 +203,9 @@ def save_pruned(
             "notes": planned.notes,
             "verified": {"loader": "mlx_lm.load in a fresh process", "logit_error": error},
         }
-        if planned.cut is not None:
-            record["refit"] = {"lambda": planned.cut.chosen, "left_as_it_is": planned.cut.left}
+        if planned.refit:
+            found = {"lambda": planned.cut.chosen, "left_as_it_is": planned.cut.left}
+            record["refit"] = planned.refit | found
         if planned.verdict is not None:
             record["criteria"] = planned.verdict.document()
         record["metrics"] = finish(folder) if finish else {}
@@ -244,6 +250,7 @@ def apply_plan(
     data: str | Path | None = None,
     *,
     carrier: str | None = None,
+    kept: Path | None = None,
     progress: Progress = silent,
 ) -> Planned:
     """Take a saved plan for this model. Raises `InputError` if it was made for another one.
@@ -252,9 +259,11 @@ def apply_plan(
     """
     named = inspect(model)
     planned = _planned(model, named, settled(named, plan), list(model.notes), carrier)
-    text = Text(model, data, options or Options(), planned.notes, progress)
+    calibration = on_text(
+        model, data, options or Options(), planned.notes, kept=kept, progress=progress
+    )
     dims = [named.dimensions[cut.name] for cut in planned.plan if not is_layer_cut(cut)]
-    return _refitted(planned, text, dims)
+    return _refitted(planned, calibration, dims)
 
 
 def compress(
@@ -266,6 +275,7 @@ def compress(
     plan: PrunePlan | None = None,
     carrier: str | None = None,
     on_plan: Callable[[Planned], None] = lambda planned: None,
+    kept: Path | None = None,
     progress: Progress = silent,
 ) -> dict:
     """The whole job: plan, prune, save, prove, measure dense against compressed.
@@ -280,9 +290,11 @@ def compress(
         check_free(_rejected(Path(out)))
     windows = read_windows(model, data, "evaluation", options, notes)
     if plan:
-        planned = apply_plan(model, plan, options, data, carrier=carrier, progress=progress)
+        planned = apply_plan(
+            model, plan, options, data, carrier=carrier, kept=kept, progress=progress
+        )
     else:
-        planned = make_plan(model, options, data, carrier=carrier, progress=progress)
+        planned = make_plan(model, options, data, carrier=carrier, kept=kept, progress=progress)
     planned.notes += [note for note in notes if note not in planned.notes]
     on_plan(planned)
     report: dict = {}
@@ -329,19 +341,18 @@ def _what_passes(model, planned: Planned, options: Options, dense, windows) -> f
     """The largest amount that passes, by the same criterion, from the statistics at hand."""
     name = planned.verdict.winner.name if planned.verdict else options.importance
     asked = options.pruning_ratio is not None or options.params is not None
-    if not planned.dims or not asked or name not in CRITERIA:  # a plan that was given
+    if not planned.dims or not asked or name == "auto":  # a plan that was given
         return None
-    text, named = planned.text, inspect(model)
-    scores = CRITERIA[name](text.sources(planned.dims))
-    rows = text.batches[0][0].shape[0]
-    whole = len(windows.tokens) // rows * rows
-    batches = [[mx.array(windows.tokens[k : k + rows])] for k in range(0, whole, rows)]
+    calibration, named = planned.calibration, inspect(model)
+    scores = calibration.scores(planned.dims, name)
+    samples = as_samples(windows, options.batch_size)
 
     def drop_at(removed: float) -> float:
         here = with_amount(options, removed)
         wanted = request(named, planned.dims, here)
-        plan = choose(text.named, planned.dims, scores, wanted, here)
-        return drop(dense, lost(text, plan, planned.dims, batches).mean(), options.drop_type)
+        plan = choose(calibration.named, planned.dims, scores, wanted, here)
+        losses = calibration.lost(plan, planned.dims, samples)
+        return drop(dense, losses.mean(), options.drop_type)
 
     return most_that_passes(drop_at, amount(options), options.max_drop)
 

@@ -16,7 +16,7 @@ the old weights rather than near zero makes a layer that loses nothing stay as i
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -89,7 +89,7 @@ def _refitted(
     lead, inner, rest = shape[: ends[0]], shape[slice(*ends)], shape[ends[1] :]
     rows = np.broadcast_to(pick.slots, (len(weights), pick.slots.shape[-1]))
     fits = [
-        fit_kept(weight, moments, _with_patches(keep, inner), lambdas)
+        fit_kept(weight, moments, with_patches(keep, inner), lambdas)
         for weight, moments, keep in zip(weights, each, rows, strict=True)
     ]
     kept = np.stack([fitted for fitted, _ in fits])
@@ -98,7 +98,7 @@ def _refitted(
     return mx.array(kept.astype(np.float32)).astype(array.dtype), max(lam for _, lam in fits)
 
 
-def _with_patches(keep: np.ndarray, inner: list[int]) -> np.ndarray:
+def with_patches(keep: np.ndarray, inner: Sequence[int]) -> np.ndarray:
     """Kept channels at every position of a patch; channels are the last axis."""
     return (np.arange(math.prod(inner[:-1]))[:, None] * inner[-1] + keep).reshape(-1)
 

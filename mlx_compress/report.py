@@ -35,7 +35,7 @@ def machine() -> dict:
 
 
 def comparison_table(report: dict) -> Table:
-    """A report of `evaluate.evaluate_pair`: dense beside compressed, and what changed.
+    """A report of `evaluate_pair` or `evaluate_programs`: dense beside compressed, and the change.
 
     What was not measured is left out. Fits 80 columns. A report of one model has one column.
     """
@@ -54,7 +54,7 @@ def comparison_table(report: dict) -> Table:
         if compressed:
             other = compressed.get(key)
             cells += ["-", ""] if other is None else [show(other), change(report, key)]
-        table.add_row(label, *cells)
+        table.add_row(label.format(**report.get("task", {})), *cells)
     agreement = (report.get("paired") or {}).get("top_token_agreement")
     if agreement:
         interval = "      " + _range(agreement, _percent)
@@ -142,6 +142,10 @@ def _speedup(report: dict, key: str) -> str:
     return _times(report["paired"].get(key.replace("tokens_per_s", "speedup")))
 
 
+def _batch_speedup(report: dict, key: str) -> str:
+    return _times(report["paired"]["speedup"])
+
+
 def _ratio(report: dict, key: str) -> str:
     return f"x {_fold(report['compressed'][key] / report['dense'][key])}"
 
@@ -149,15 +153,19 @@ def _ratio(report: dict, key: str) -> str:
 def _caption(report: dict) -> str:
     data, versions = report["data"], report["versions"]
     source = "/".join(Path(data["path"]).parts[-2:])
-    lines = [f"{data['windows']} windows of {data['tokens_per_window']} tokens of {source}."]
+    what = "samples" if "samples" in data else "windows"
+    words = f" of {data['tokens_per_window']} tokens" if what == "windows" else ""
+    lines = [f"{data[what]} {what}{words} of {source}."]
     if report.get("compressed"):
-        lines.append("Brackets: 95 % bootstrap over windows; for speeds, range of repeats.")
+        lines.append(f"Brackets: 95 % bootstrap over {what}; for speeds, range of repeats.")
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines.append(f"{report['chip']} ({report['device']}), {report['machine']}; {packages}.")
     return "\n".join(lines)
 
 
 ROWS = (
+    ("Loss, {loss}", "loss", _number, _difference),
+    ("{measure}", "score", _number, _difference),
     ("Loss, nats/token", "nats_per_token", _number, _difference),
     ("Loss, nats/byte", "nats_per_byte", _number, _difference),
     ("Perplexity", "perplexity", _number, _perplexity_ratio),
@@ -165,6 +173,8 @@ ROWS = (
     ("In memory", "parameter_bytes", _bytes, _ratio),
     ("On disk", "disk_bytes", _bytes, _ratio),
     ("Peak, generating", "peak_bytes", _bytes, _ratio),
+    ("MACs/sample", "macs_per_sample", _scaled, _ratio),
+    ("ms/sample (speedup)", "ms_per_sample", _number, _batch_speedup),
     ("Prefill, tokens/s", "prefill_tokens_per_s", _number, _speedup),
     ("Decode, tokens/s", "decode_tokens_per_s", _number, _speedup),
 )

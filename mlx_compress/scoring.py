@@ -1,11 +1,9 @@
-"""Scores on calibration text: read once, when a criterion first asks for it.
+"""Calibration of language models: text as samples, and scores of units and of whole layers.
 
-`model` is a `bridges.mlx_lm.LanguageModel`, or what offers its `fetch`, `trace` and `tokenizer`.
+`model` is a `bridges.mlx_lm.LanguageModel`, or what offers its `fetch`, `trace`, `path` and
+`tokenizer`.
 """
 
-from collections.abc import MutableMapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,31 +11,19 @@ import numpy as np
 
 from .allocate import Request
 from .axes import Dimension, NamedAxes, named_axes
-from .calibrate import Statistics, calibrate
-from .choice import Verdict, judge, sequence_losses
-from .contractions import consumers
+from .calibration import Calibration
+from .checkpoint import parent_record
+from .choice import Verdict, judge
 from .data import Windows, load_windows
-from .errors import InputError
-from .importance import (
-    CRITERIA,
-    NEEDS_DATA,
-    NEEDS_GRADIENTS,
-    NEEDS_SECOND,
-    Scores,
-    Sources,
-)
+from .importance import Scores, Sources, criterion, needs
 from .influence import LAYER_CRITERIA, LayerSources, calibrate_layers
 from .layers import LayerDimension, layer_dimensions
 from .options import Options
-from .plan import PrunePlan
-from .prune import pruner
-from .refit import USUAL, refit
-from .second import OnDisk
+from .samples import Samples
 from .stream import Progress, silent
+from .tasks import NEXT_TOKEN
 
 PROOF_TOKENS = 16
-SPILLED = 2**30  # bytes of second moments; more lie on disk
-HELD_OUT = 0.25  # of the calibration text, where criteria are judged by it
 INFLUENCE = "activation"  # what whole layers are scored by, where a criterion has no word on them
 
 
@@ -60,127 +46,65 @@ def read_windows(model, data, split: str, options: Options, notes: list[str]) ->
     return windows
 
 
-def next_token_loss(logits_BTV: mx.array, tokens_BT: mx.array) -> mx.array:
-    """Per sequence [B], the sum over tokens of the cross-entropy of each next token, in nats."""
-    logits, targets = logits_BTV[:, :-1].astype(mx.float32), tokens_BT[:, 1:, None]
-    picked = mx.take_along_axis(logits, targets, axis=-1)[..., 0]
-    return (mx.logsumexp(logits, axis=-1) - picked).sum(axis=-1)
+def as_samples(windows: Windows, batch_size: int) -> Samples:
+    """Whole batches of windows: tokens [B, T] in, the next of each to come out."""
+    rows = min(batch_size, len(windows.tokens))
+    whole = len(windows.tokens) // rows * rows
+    tokens = np.asarray(windows.tokens[:whole])
+    batches = [[mx.array(tokens[k : k + rows])] for k in range(0, whole, rows)]
+    return Samples(batches, tokens, rows, NEXT_TOKEN, windows.path)
 
 
-@dataclass
-class Text:
-    """Calibration text, read when a criterion first asks for it."""
+def on_text(
+    model, data: str | Path | Windows | None, options: Options, notes: list[str],
+    *, kept: Path | None = None, progress: Progress = silent,
+) -> Calibration:  # fmt: skip
+    """The calibration of a language model. `kept` is where statistics are kept between runs."""
 
-    model: object
-    data: str | Path | Windows | None
-    options: Options
-    notes: list[str]
-    progress: Progress = silent
-    _collected: dict = field(default_factory=dict, repr=False)
+    def read() -> Samples:
+        windows = read_windows(model, data, "calibration", options, notes)
+        return as_samples(windows, options.batch_size)
 
-    @cached_property
-    def _all(self) -> list[list[mx.array]]:
-        """Whole batches of windows, [B, T] each."""
-        windows = read_windows(self.model, self.data, "calibration", self.options, self.notes)
-        rows = min(self.options.batch_size, len(windows.tokens))
-        whole = len(windows.tokens) // rows * rows
-        return [[mx.array(windows.tokens[k : k + rows])] for k in range(0, whole, rows)]
-
-    @property
-    def batches(self) -> list[list[mx.array]]:
-        """What statistics are collected on: all, or all but what is held out to judge by."""
-        return self._all[: len(self._all) - len(self.held_out)]
-
-    @property
-    def held_out(self) -> list[list[mx.array]]:
-        if self.options.importance != "auto":
-            return []
-        if len(self._all) < 2:
-            raise InputError(
-                f"--importance auto judges on held-out text: {len(self._all)} batch of it is not "
-                "enough; give more --calibration-samples, or name a criterion."
-            )
-        return self._all[-max(1, round(len(self._all) * HELD_OUT)) :]
-
-    @cached_property
-    def named(self) -> NamedAxes:
-        """The axes of the float32 graph at the shape of a batch."""
-        return named_axes(self.model.trace(self.batches[0][0], dtype=mx.float32))
-
-    def loss(self, b: int, outputs: list[mx.array]) -> mx.array:
-        return next_token_loss(outputs[0], self.batches[b][0]).sum()
-
-    def statistics(self, dims: list[Dimension]) -> Statistics:
-        """What is measured at the places that read `dims`; collected once."""
-        key = tuple(d.name for d in dims)
-        if key not in self._collected:
-            self._collected[key] = self._collect(key)
-        return self._collected[key]
-
-    def _collect(self, dims: tuple[str, ...]) -> Statistics:
-        name = self.options.importance
-        gradients = name == "auto" or name in NEEDS_GRADIENTS
-        full = self.options.refit or name == "auto" or name in NEEDS_SECOND
-        return calibrate(
-            self.named, self.batches, self.model.fetch, dims=dims,
-            loss=self.loss if gradients else None, second=self._second(dims) if full else None,
-            progress=self.progress,
-        )  # fmt: skip
-
-    def _second(self, dims: tuple[str, ...]) -> MutableMapping:
-        """In memory where they are small."""
-        places = {p.second_key: p for each in consumers(self.named, dims).values() for p in each}
-        return {} if sum(p.second_bytes for p in places.values()) < SPILLED else OnDisk()
-
-    def sources(self, dims: list[Dimension]) -> Sources:
-        """What criteria score by."""
-        seed = self.options.seed
-        return Sources(
-            self.named, tuple(dims), self.model.fetch, self.statistics(dims), seed=seed
-        )
+    return Calibration(
+        trace=lambda inputs: model.trace(inputs[0], dtype=mx.float32),
+        fetch=model.fetch,
+        read=None if data is None else read,
+        options=options, notes=notes, progress=progress, kept=kept,
+        identity=lambda: sorted(parent_record(model.path)["sha256"].values()),
+    )  # fmt: skip
 
 
-def unit_scores(text: Text, dims: list[Dimension]) -> Scores:
-    """Scores of unit dimensions by the options' criterion, calibrated if it needs that."""
-    name, model = text.options.importance, text.model
-    if name not in NEEDS_DATA:
-        seed = text.options.seed
-        return CRITERIA[name](Sources(inspect(model), tuple(dims), model.fetch, seed=seed))
-    return CRITERIA[name](text.sources(dims))
+def unit_scores(calibration: Calibration, named: NamedAxes, dims: list[Dimension]) -> Scores:
+    """Scores by the options' criterion; from `named` alone where it reads no data."""
+    name, seed = calibration.options.importance, calibration.options.seed
+    if "data" not in needs(name):
+        return criterion(name)(Sources(named, tuple(dims), calibration.fetch, seed=seed))
+    return calibration.scores(dims, name)
 
 
-def lost(text: Text, plan: PrunePlan, dims: list[Dimension], batches) -> np.ndarray:
-    """The loss of each sequence of `batches` after a plan, refitted if the options say so."""
-    cut = pruner(text.named, plan)
-    if text.options.refit and plan.cuts:
-        cut = refit(text.named, plan, text.statistics(dims), lambdas=USUAL)
-
-    def loss(b: int, outputs: list[mx.array]) -> np.ndarray:
-        tokens = batches[b][0]
-        return np.array(next_token_loss(outputs[0], tokens)) / (tokens.shape[1] - 1)
-
-    return sequence_losses(text.named, plan, cut, text.model.fetch, batches, loss)
-
-
-def best_plan(text: Text, dims: list[Dimension], wanted: Request) -> Verdict:
-    """The plan of the criterion that loses least on held-out calibration text."""
+def best_plan(calibration: Calibration, dims: list[Dimension], wanted: Request) -> Verdict:
+    """The plan of the criterion that loses least on held-out samples."""
     return judge(
-        text.sources(dims), dims, wanted, text.options,
-        lambda plan: lost(text, plan, dims, text.held_out), progress=text.progress,
+        calibration.sources(dims), dims, wanted, calibration.options,
+        lambda plan: calibration.lost(plan, dims), progress=calibration.progress,
     )  # fmt: skip
 
 
-def layer_scores(text: Text, dims: list[LayerDimension]) -> Scores:
+def layer_scores(
+    calibration: Calibration, named: NamedAxes, dims: list[LayerDimension]
+) -> Scores:
     """Scores of whole layers and branches by the options' criterion."""
-    name, fetch, seed = text.options.importance, text.model.fetch, text.options.seed
-    name = name if name in LAYER_CRITERIA else INFLUENCE
-    if name not in NEEDS_DATA:
-        named = inspect(text.model)
-        return LAYER_CRITERIA[name](LayerSources(named, tuple(dims), fetch, seed=seed))
+    options, fetch = calibration.options, calibration.fetch
+    name = options.importance if options.importance in LAYER_CRITERIA else INFLUENCE
+    if "data" not in needs(name):
+        return LAYER_CRITERIA[name](LayerSources(named, tuple(dims), fetch, seed=options.seed))
     names = {d.name for d in dims}
-    here = tuple(d for d in layer_dimensions(text.named) if d.name in names)
+    here = tuple(d for d in layer_dimensions(calibration.named) if d.name in names)
     statistics = calibrate_layers(
-        text.named, text.batches, fetch, dims=here,
-        loss=text.loss if name in NEEDS_GRADIENTS else None, progress=text.progress,
+        calibration.named, calibration.batches, fetch, dims=here,
+        loss=calibration.loss if "gradients" in needs(name) else None,
+        progress=calibration.progress,
     )  # fmt: skip
-    return LAYER_CRITERIA[name](LayerSources(text.named, here, fetch, statistics, seed))
+    return LAYER_CRITERIA[name](
+        LayerSources(calibration.named, here, fetch, statistics, options.seed)
+    )

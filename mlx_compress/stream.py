@@ -49,7 +49,7 @@ def segments(graph: Graph) -> list[Segment]:
     cuts = _narrow_cuts(graph, sequence, dynamic)
     bounds = [0, *cuts, len(sequence)]
     pieces = [
-        _segment(graph, sequence, start, end, dynamic)
+        segment_between(graph, sequence, start, end, dynamic)
         for start, end in zip(bounds, bounds[1:], strict=False)
     ]
     return _joined(graph, sequence, dynamic, pieces, bounds)
@@ -243,7 +243,8 @@ def _first_reads(graph: Graph, sequence: Sequence[Node], dynamic: set[int]) -> l
     return out
 
 
-def _segment(graph, sequence, start: int, end: int, dynamic: set[int]) -> Segment:
+def segment_between(graph, sequence, start: int, end: int, dynamic: set[int]) -> Segment:
+    """The nodes from `start` to before `end` of `sequence`, the dynamic ones, and their needs."""
     own = sequence[start:end]
     made = {out for node in own for out in node.outputs}
     later = {i for node in sequence[end:] for i in node.inputs} | set(graph.outputs)
@@ -288,6 +289,6 @@ def _joined(graph, sequence, dynamic, pieces, bounds) -> list[Segment]:
     if len(ends) == len(bounds):
         return pieces
     return [
-        _segment(graph, sequence, start, end, dynamic)
+        segment_between(graph, sequence, start, end, dynamic)
         for start, end in zip(ends, ends[1:], strict=False)
     ]

@@ -54,6 +54,23 @@ CLASSIFICATION = Task(
 )
 
 
+def next_token_loss(logits_STV: mx.array, tokens_ST: mx.array) -> mx.array:
+    """Per sequence [S], the mean over tokens of the cross-entropy of each next token, in nats."""
+    logits, targets = logits_STV[:, :-1].astype(mx.float32), tokens_ST[:, 1:, None]
+    picked = mx.take_along_axis(logits, targets, axis=-1)[..., 0]
+    return (mx.logsumexp(logits, axis=-1) - picked).mean(axis=-1)
+
+
+NEXT_TOKEN = Task(
+    measure="next token",
+    unit="nats/token",
+    read=lambda inputs, outputs: outputs[0],
+    loss=next_token_loss,
+    answer=partial(mx.argmax, axis=-1),
+    score=lambda chosen_ST, tokens_ST: float((chosen_ST[:, :-1] == tokens_ST[:, 1:]).mean()),
+)
+
+
 def similarity(mask: int, pooling: str) -> Task:
     """Cosines of sentence pairs against scores of 0 to 1.
 

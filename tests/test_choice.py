@@ -100,7 +100,7 @@ def test_the_saved_weights_are_the_refitted_ones_unless_asked_otherwise(tmp_path
 
 def test_too_little_text_to_hold_some_out_is_refused(tmp_path):
     tiny.save(tiny.LLAMA, tmp_path)
-    with pytest.raises(InputError, match="1 batch of it is not enough"):
+    with pytest.raises(InputError, match="one batch of them is not enough"):
         recipe.make_plan(recipe.open_model(tmp_path), OPTIONS, windows(count=2))
 
 

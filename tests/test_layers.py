@@ -419,8 +419,10 @@ def test_a_criterion_without_a_word_on_layers_leaves_them_to_their_influence():
 
     def scores(name):
         windows = Windows(np.array(batches[0][0]), np.ones(2), None)
-        text = scoring.Text(source, windows, Options(importance=name, batch_size=1), [])
-        return scoring.layer_scores(text, layer_dimensions(text.named))
+        options = Options(importance=name, batch_size=1)
+        calibration = scoring.on_text(source, windows, options, [])
+        named = calibration.named
+        return scoring.layer_scores(calibration, named, layer_dimensions(named))
 
     found, wanted = scores("osscar"), scores(scoring.INFLUENCE)
     assert found and all(np.array_equal(found[name], wanted[name]) for name in wanted)

@@ -1,0 +1,189 @@
+"""What a plan is made and judged by: samples, and what the dense model does on them.
+
+Samples are read when first asked for. A quarter of them is held out, where there are enough:
+statistics come from the others, and what was decided by them is judged on these. Statistics are
+kept on disk between runs where a folder is given for them (`store.py`).
+"""
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .axes import Dimension, NamedAxes, named_axes
+from .calibrate import Statistics, calibrate
+from .choice import sequence_losses
+from .contractions import consumers
+from .errors import InputError
+from .graph import Graph
+from .importance import Scores, Sources, criterion, needs
+from .options import Options
+from .plan import PrunePlan
+from .prune import Cutter, pruner
+from .refit import USUAL, refit
+from .samples import Samples
+from .second import OnDisk
+from .sequential import can_run, refit_in_sequence
+from .store import Store, store_key, tidy
+from .stream import Fetch, Progress, silent
+
+SPILLED = 2**30  # bytes of second moments; more lie on disk
+HELD_OUT = 0.25
+
+
+@dataclass
+class Calibration:
+    """A dense model and samples for it.
+
+    `trace(inputs)` gives its graph at their shapes, `read()` the samples, None where there are
+    none. `identity()` names the model by its contents. `kept` is the folder of statistics.
+    """
+
+    trace: Callable[[list[mx.array]], Graph]
+    fetch: Fetch
+    read: Callable[[], Samples] | None
+    options: Options
+    notes: list[str]
+    progress: Progress = silent
+    identity: Callable[[], list[str]] = list
+    kept: Path | None = None
+    _collected: dict = field(default_factory=dict, repr=False)
+    _named: dict = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def _all(self) -> Samples:
+        found = self.read()
+        whole = found.split(len(found) // found.size)[0]
+        return whole if whole.batches else found
+
+    @cached_property
+    def _count(self) -> int:
+        """How many batches are not held out."""
+        batches = len(self._all.batches)
+        return batches - max(1, round(batches * HELD_OUT)) if batches > 1 else batches
+
+    @cached_property
+    def samples(self) -> Samples:
+        """What statistics are collected on."""
+        return self._all.split(self._count)[0]
+
+    @cached_property
+    def held_out(self) -> Samples:
+        """What is judged on. Raises `InputError` where there is not enough for both."""
+        if len(self._all.batches) < 2:
+            raise InputError(
+                f"{self._all.path}: what is chosen is judged on held-out samples, and one batch of "
+                "them is not enough; give more --calibration-samples, or a smaller --batch-size."
+            )
+        return self._all.split(self._count)[1]
+
+    @property
+    def batches(self) -> list[list[mx.array]]:
+        return self.samples.batches
+
+    @property
+    def named(self) -> NamedAxes:
+        """The axes of the graph at the shape of a batch."""
+        return self.at(self.samples)
+
+    def at(self, samples: Samples) -> NamedAxes:
+        """The axes of the graph at the shape of a batch of these samples."""
+        shapes = tuple(array.shape for array in samples.batches[0])
+        if shapes not in self._named:
+            self._named[shapes] = named_axes(self.trace(samples.batches[0]))
+        return self._named[shapes]
+
+    def loss(self, b: int, outputs: list[mx.array]) -> mx.array:
+        return self.samples.loss(b, outputs).sum()
+
+    def statistics(self, dims: list[Dimension]) -> Statistics:
+        """What is measured at the places that read `dims`; collected once."""
+        key = tuple(d.name for d in dims)
+        if key not in self._collected:
+            self._collected[key] = self._collect(key)
+        return self._collected[key]
+
+    def _collect(self, dims: tuple[str, ...]) -> Statistics:
+        asked = needs(self.options.importance)
+        full = self.options.refit or "second" in asked
+        store = self._store(dims)
+        found = calibrate(
+            self.named, self.batches, self.fetch, dims=dims,
+            loss=self.loss if "gradients" in asked else None,
+            second=self._second(dims, store) if full else None, store=store,
+            progress=self.progress,
+        )  # fmt: skip
+        if store is not None:
+            self.notes += [note for note in store.notes if note not in self.notes]
+            tidy(self.kept, keep=store.folder.name)
+        return found
+
+    def _store(self, dims: tuple[str, ...]) -> Store | None:
+        if self.kept is None:
+            return None
+        arrays = [np.array(array) for batch in self.batches for array in batch]
+        targets = np.asarray(self.samples.targets)
+        return Store(self.kept, store_key(*self.identity(), *dims, *arrays, targets))
+
+    def _second(self, dims: tuple[str, ...], store: Store | None) -> MutableMapping:
+        """In memory where they are small; a store keeps its own."""
+        places = {p.second_key: p for each in consumers(self.named, dims).values() for p in each}
+        small = sum(p.second_bytes for p in places.values()) < SPILLED
+        return {} if small or store is not None else OnDisk()
+
+    def sources(self, dims: list[Dimension]) -> Sources:
+        """What criteria score by."""
+        seed = self.options.seed
+        return Sources(
+            self.named, tuple(dims), self.fetch, self.statistics(dims), seed=seed
+        )
+
+    def scores(self, dims: list[Dimension], name: str) -> Scores:
+        """Scores of unit dimensions by a criterion, calibrated if it needs that."""
+        return criterion(name)(self.sources(dims))
+
+    def closed_form(self, plan: PrunePlan, dims: list[Dimension], *, quick: bool = False) -> Cutter:
+        """How a plan cuts, refitted by the statistics at hand if the options say so."""
+        if not self.options.refit or not any(d.name in plan.cuts for d in dims):
+            return pruner(self.named, plan)
+        return refit(
+            self.named, plan, self.statistics(dims), **({"lambdas": USUAL} if quick else {})
+        )
+
+    def losses(self, plan: PrunePlan, cut: Cutter, samples: Samples) -> np.ndarray:
+        """The loss of each of `samples` after a plan."""
+        return sequence_losses(
+            self.at(samples), plan, cut, self.fetch, samples.batches,
+            lambda b, outputs: np.array(samples.loss(b, outputs)),
+        )  # fmt: skip
+
+    def lost(
+        self, plan: PrunePlan, dims: list[Dimension], samples: Samples | None = None
+    ) -> np.ndarray:
+        """The loss of each sample, held out unless others are given, after a plan and its refit."""
+        cut = self.closed_form(plan, dims, quick=True)
+        return self.losses(plan, cut, self.held_out if samples is None else samples)
+
+    def fitted(self, plan: PrunePlan, dims: list[Dimension]) -> tuple[Cutter, dict]:
+        """The cutter to save with, and what to record of it: how it was fitted, and why so.
+
+        The closed form is followed by a sequential refit, which is kept where the held-out loss
+        is lower with it.
+        """
+        closed = self.closed_form(plan, dims)
+        if not self.options.refit or not plan.cuts:
+            return closed, {}
+        if not can_run(self.named, plan) or len(self._all.batches) < 2:
+            return closed, {"method": "closed form"}
+        sequential = refit_in_sequence(
+            self.named, plan, self.batches, self.fetch, start=closed, progress=self.progress
+        )
+        cuts = {"closed form": closed, "sequential": sequential}
+        judged = {
+            name: float(self.losses(plan, cut, self.held_out).mean()) for name, cut in cuts.items()
+        }
+        best = min(judged, key=judged.get)
+        return cuts[best], {"method": best, "held_out": judged}
