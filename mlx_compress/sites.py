@@ -1,0 +1,125 @@
+"""What a search may give counts to, and the plan that counts make.
+
+Where a config sets a width by one number for all layers, they are one site, so that the result
+stays loadable; else each dimension is one. Layers of a list are a site of their own: how many stay.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from .allocate import family
+from .axes import Dimension, NamedAxes
+from .calibration import Calibration
+from .errors import InputError
+from .importance import Scores
+from .layers import LayerDimension, settled, without
+from .options import Options
+from .plan import Cut, PrunePlan
+from .search import Counts, Search, Site
+from .store import store_key
+from .study import run_search
+
+UNREACHABLE = 1e9  # a loss, for what no config can hold
+
+
+def sites_of(
+    dims: Sequence[Dimension], layers: Sequence[LayerDimension], scores: Scores,
+    *, together: bool, round_to: int = 1,
+) -> list[Site]:  # fmt: skip
+    """Sites for unit and layer dimensions, what goes first being what scores least."""
+    groups: dict[object, list[Dimension]] = {}
+    for d in dims:
+        groups.setdefault(family(d) if together else d.name, []).append(d)
+    out = []
+    for same in groups.values():
+        name = family(same[0])[0] if together else same[0].name
+        step = round_to if same[0].size > round_to else 1
+        out.append(Site(name, same[0].size, _unit_cuts(same, scores), step, step))
+    for d in layers:
+        out.append(Site(d.name, d.size, _layer_cuts(d, scores[d.name]),
+                        max(1, d.size - len(d.removable))))  # fmt: skip
+    return out
+
+
+def _unit_cuts(dims: Sequence[Dimension], scores: Scores) -> Callable[[int], dict[str, Cut]]:
+    orders = {d.name: np.argsort(-scores[d.name], axis=-1, kind="stable") for d in dims}
+
+    def cuts(count: int) -> dict[str, Cut]:
+        return {
+            d.name: Cut(d.name, d.kind, d.size,
+                        np.sort(orders[d.name][..., :count], axis=-1).tolist(), d.within, d.slots)
+            for d in dims
+            if count < d.size
+        }  # fmt: skip
+
+    return cuts
+
+
+def _layer_cuts(dim: LayerDimension, score: np.ndarray) -> Callable[[int], dict[str, Cut]]:
+    order = sorted(dim.removable, key=lambda i: score[i])
+
+    def cuts(count: int) -> dict[str, Cut]:
+        return {dim.name: without(dim, order[: dim.size - count])} if count < dim.size else {}
+
+    return cuts
+
+
+def plan_of(named: NamedAxes, sites: Iterable[Site], counts: Counts) -> PrunePlan:
+    """The plan that keeps these counts."""
+    cuts = {name: cut for site in sites for name, cut in site.cuts(counts[site.name]).items()}
+    return settled(named, PrunePlan(cuts))
+
+
+def counts_of(sites: Iterable[Site], kept: Mapping[str, int]) -> dict[str, int]:
+    """The counts by site of an allocation that names dimensions."""
+    first = {site.name: next(iter(site.cuts(site.least)), site.name) for site in sites}
+    return {site.name: kept.get(first[site.name], site.size) for site in sites}
+
+
+def search_plan(
+    calibration: Calibration,
+    named: NamedAxes,
+    dims: Sequence[Dimension],
+    sites: Sequence[Site],
+    spent: Callable[[PrunePlan], float],
+    goal: float,
+    options: Options,
+    *,
+    starts: Sequence[Mapping[str, int]] = (),
+    holds: Callable[[PrunePlan], bool] = lambda plan: True,
+    storage: str | None = None,
+) -> tuple[PrunePlan, dict]:
+    """The plan within a budget that loses least on held-out samples, and what to record of it.
+
+    `starts` are counts by dimension; `holds(plan)` says whether it can be saved. Raises
+    `InputError` where no plan is within the budget.
+    """
+    dims = list(dims)
+    calibration.statistics(dims)
+
+    def loss(counts: Counts) -> float:
+        plan = plan_of(named, sites, counts)
+        return float(calibration.lost(plan, dims).mean()) if holds(plan) else UNREACHABLE
+
+    search = Search(
+        sites, lambda counts: spent(plan_of(named, sites, counts)), goal,
+        [counts_of(sites, start) for start in starts], options.max_trials, options.seed,
+    )  # fmt: skip
+    least = {site.name: site.nearest(0) for site in sites}
+    if search.spending(least) > goal:
+        raise InputError(
+            f"the least that can be reached is {search.spending(least):.3f}, {goal:.3f} was asked "
+            "for; ask for that, or give more --dims."
+        )
+    name = store_key(*calibration.identity(), repr(options), *(s.name for s in sites), repr(goal))
+    done = run_search(search, loss, storage=storage, name=name, progress=calibration.progress)
+    best, first = search.best(done), len(search.table)
+    record = {
+        "trials": len(done),
+        "dense": done[0].loss,
+        "start": done[first].loss if len(done) > first else None,
+        "best": best.loss,
+        "counts": best.counts,
+    }
+    return plan_of(named, sites, best.counts), record
