@@ -18,6 +18,7 @@ import mlx.core as mx
 from ..checkpoint import new_folder
 from ..errors import InputError
 from ..options import DTYPES, PALETTES, ExportOptions
+from ..pairs import POOLING
 from ..parity import TOLERANCE, Case, Parity, Runner, compare, require
 from ..program import Program
 from ..quantize import quantize_program
@@ -165,11 +166,12 @@ def _write_record(path: Path, done: Export, program: Program, options: ExportOpt
 
 
 def copy_tokenizer(source: Path) -> Callable[[Path], None]:
-    """Copies the tokenizer's files beside an export, where the source has them."""
+    """Copies the tokenizer's files, and how sentences are pooled, where the source has them."""
 
     def copy(folder: Path) -> None:
         for name in TOKENIZER_FILES:
             if (source / name).is_file() and not (folder / name).exists():
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, folder / name)
 
     return copy
@@ -178,6 +180,7 @@ def copy_tokenizer(source: Path) -> Callable[[Path], None]:
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "chat_template.jinja", "generation_config.json", "vocab.json", "merges.txt", "vocab.txt",
+    str(POOLING),
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from .axes import Dimension, NamedAxes, named_axes
 from .calibrate import Statistics, calibrate
+from .caution import another_text, too_few
 from .choice import sequence_losses
 from .contractions import consumers
 from .errors import InputError
@@ -29,6 +30,7 @@ from .second import OnDisk
 from .sequential import can_run, refit_in_sequence
 from .store import Store, store_key, tidy
 from .stream import Fetch, Progress, silent
+from .tasks import NEXT_TOKEN
 
 SPILLED = 2**30  # bytes of second moments; more lie on disk
 HELD_OUT = 0.25
@@ -96,6 +98,18 @@ class Calibration:
             self._named[shapes] = named_axes(self.trace(samples.batches[0]))
         return self._named[shapes]
 
+    @cached_property
+    def dense_loss(self) -> float:
+        """The dense model's mean loss on what is held out, or on all where that is one batch."""
+        plan = PrunePlan({})
+        judged = self.held_out if len(self._all.batches) > 1 else self.samples
+        return float(self.losses(plan, pruner(self.named, plan), judged).mean())
+
+    def unlike(self, evaluation: float) -> list[str]:
+        """A note where text to evaluate on has another loss than that which was calibrated on."""
+        note = another_text(self.dense_loss, evaluation) if self._named else None
+        return [note] if note else []
+
     def loss(self, b: int, outputs: list[mx.array]) -> mx.array:
         return self.samples.loss(b, outputs).sum()
 
@@ -109,17 +123,29 @@ class Calibration:
     def _collect(self, dims: tuple[str, ...]) -> Statistics:
         asked = needs(self.options.importance)
         full = self.options.refit or "second" in asked
-        store = self._store(dims)
+        store, stages = self._store(dims), set()
+
+        def told(stage: str, done: int, total: int) -> None:
+            stages.add(stage)
+            self.progress(stage, done, total)
+
         found = calibrate(
             self.named, self.batches, self.fetch, dims=dims,
             loss=self.loss if "gradients" in asked else None,
             second=self._second(dims, store) if full else None, store=store,
-            progress=self.progress,
+            progress=told,
         )  # fmt: skip
         if store is not None:
-            self.notes += [note for note in store.notes if note not in self.notes]
+            self._tell(store, "made and kept in" if stages else "read from")
             tidy(self.kept, keep=store.folder.name)
         return found
+
+    def _tell(self, store: Store, how: str) -> None:
+        """Say what became of the store."""
+        if store.complete:
+            size = sum(file.stat().st_size for file in store.folder.iterdir())
+            self.notes.append(f"statistics {how} {self.kept}: {size / 1e6:,.1f} MB")
+        self.notes += [note for note in store.notes if note not in self.notes]
 
     def _store(self, dims: tuple[str, ...]) -> Store | None:
         if self.kept is None:
@@ -174,8 +200,11 @@ class Calibration:
         is lower with it.
         """
         closed = self.closed_form(plan, dims)
-        if not self.options.refit or not plan.cuts:
+        if not self.options.refit or not any(d.name in plan.cuts for d in dims):
             return closed, {}
+        unit = "tokens" if self.samples.task is NEXT_TOKEN else "rows"
+        few = too_few(self.named, plan, self.statistics(dims), unit)
+        self.notes += [few] if few else []
         if not can_run(self.named, plan) or len(self._all.batches) < 2:
             return closed, {"method": "closed form"}
         sequential = refit_in_sequence(

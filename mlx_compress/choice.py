@@ -19,6 +19,7 @@ from .options import Options
 from .plan import PrunePlan
 from .prune import Cutter, pruned_fetch
 from .stream import Progress, silent, stream_forward
+from .tasks import NEXT_TOKEN
 
 RESAMPLES = 2000
 BASELINE = "random"
@@ -26,7 +27,7 @@ BASELINE = "random"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan and its loss on each held-out sequence, in nats per token; `seconds` of scoring."""
+    """A plan and its loss on each held-out sample; `seconds` of scoring."""
 
     name: str
     plan: PrunePlan
@@ -45,13 +46,15 @@ class Verdict:
     winner: Candidate
     candidates: list[Candidate]
     behind: dict[str, tuple[float, float, float]]
+    unit: str = NEXT_TOKEN.unit
 
     def document(self) -> list[dict]:
-        """For the report: nats per token, and the paired difference to the best with its ends."""
+        """For the report: the loss, and the paired difference to the best with its ends."""
         return [
             {
                 "criterion": c.name,
-                "nats_per_token": c.mean,
+                "loss": c.mean,
+                "unit": self.unit,
                 "behind_best": dict(zip(("estimate", "low", "high"), self.behind[c.name],
                                         strict=True)),
                 "seconds": c.seconds,

@@ -33,6 +33,7 @@ from .flags import (
     Metadata,
     Model,
     NoCache,
+    NoStatistics,
     Out,
     Output,
     ParityData,
@@ -45,6 +46,7 @@ from .flags import (
     Seed,
     Sizes,
     Stateful,
+    Statistics,
     Target,
     To,
     Trust,
@@ -96,13 +98,15 @@ def compress(
     max_seq_length: Length = DEFAULT.max_seq_length,
     batch_size: Batch = DEFAULT.batch_size,
     seed: Seed = DEFAULT.seed,
+    statistics: Statistics = None,
+    no_statistics: NoStatistics = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Make an MLX model smaller and faster.
 
     With options and no command: prune, save, verify and measure in one go. The folder that comes
-    out opens in stock mlx-lm and holds report.json and compression.json; what --export names goes
-    into folders in it.
+    out opens in stock mlx-lm (that of a saved program: in the commands here) and holds report.json
+    and compression.json; what --export names goes into folders in it.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -117,7 +121,10 @@ def compress(
     from . import jobs, ship
 
     ship.check_places(places, EXPORT)
-    jobs.compress(*given, options, plan=plan, carrier=carrier, trust=trust_remote_code)
+    jobs.compress(
+        *given, options, plan=plan, carrier=carrier, kept=_kept(statistics, no_statistics),
+        trust=trust_remote_code,
+    )  # fmt: skip
     if places:
         ship.export_model(str(mlx_path), places, EXPORT, data=data, trust=trust_remote_code)
 
@@ -149,6 +156,8 @@ def prune(
     max_seq_length: Length = DEFAULT.max_seq_length,
     batch_size: Batch = DEFAULT.batch_size,
     seed: Seed = DEFAULT.seed,
+    statistics: Statistics = None,
+    no_statistics: NoStatistics = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -162,7 +171,8 @@ def prune(
 
     jobs.prune(
         model, None if dry_run else mlx_path, data, options,
-        plan=plan, save_plan=save_plan, carrier=carrier, trust=trust_remote_code, as_json=as_json,
+        plan=plan, save_plan=save_plan, carrier=carrier, kept=_kept(statistics, no_statistics),
+        trust=trust_remote_code, as_json=as_json,
     )  # fmt: skip
 
 
@@ -299,6 +309,15 @@ def _options(params: dict) -> Options:
     if params.get("target") is not None:
         known["params"] = _target(params["target"])
     return Options(**known)
+
+
+def _kept(statistics: Path | None, no_statistics: bool) -> Path | None:
+    """The folder to keep statistics in, if any."""
+    if statistics is not None and no_statistics:
+        raise InputError("--statistics and --no-statistics: give one of the two, not both.")
+    from .store import default_folder
+
+    return None if no_statistics else (statistics or default_folder()).expanduser()
 
 
 def _names(flag: str, text: str, known: tuple[str, ...]) -> list[str]:

@@ -40,8 +40,9 @@ Out = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        "--data", metavar="DIR",
-        help="Folder with train/valid/test .jsonl or .txt, or one such file.",
+        "--data", metavar="PATH",
+        help="Folder with train/valid/test .jsonl or .txt, or one such file; for a saved program "
+        ".npz with labels, or .jsonl of sentence pairs.",
     ),
 ]  # fmt: skip
 Config = Annotated[
@@ -94,13 +95,21 @@ Refit = Annotated[
     ),
 ]
 Samples = Annotated[
-    int, typer.Option("--calibration-samples", metavar="N", help="Windows of text to calibrate on.")
+    int,
+    typer.Option(
+        "--calibration-samples", metavar="N", help="Windows of text, or samples, to calibrate on."
+    ),
 ]
 EvalSamples = Annotated[
-    int, typer.Option("--eval-samples", metavar="N", help="Windows of text to evaluate on.")
+    int,
+    typer.Option(
+        "--eval-samples", metavar="N", help="Windows of text, or samples, to evaluate on."
+    ),
 ]
 Length = Annotated[int, typer.Option("--max-seq-length", metavar="N", help="Tokens in a window.")]
-Batch = Annotated[int, typer.Option("--batch-size", metavar="N", help="Windows at a time.")]
+Batch = Annotated[
+    int, typer.Option("--batch-size", metavar="N", help="Windows or samples at a time.")
+]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all random choices.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow code from the model folder to run.")
@@ -117,6 +126,16 @@ Carrier = Annotated[
     typer.Option(
         "--carrier", metavar="NAME", help="Write as another architecture that can hold the plan."
     ),
+]
+Statistics = Annotated[
+    Path | None,
+    typer.Option(
+        "--statistics", metavar="DIR",
+        help="Where calibration is kept for the next run; by default in the user's cache.",
+    ),
+]  # fmt: skip
+NoStatistics = Annotated[
+    bool, typer.Option("--no-statistics", help="Calibrate anew, and keep nothing of it.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

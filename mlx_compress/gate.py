@@ -1,13 +1,19 @@
 """A gate on what may be lost, and what would pass it.
 
-The loss is in nats per token on held-out text. An absolute drop is its increase; a relative one is
-the increase over the dense model's loss.
+The loss is that of the task, on samples that nothing was made from (nats per token, for text). An
+absolute drop is its increase; a relative one is the increase over the dense model's loss.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+from .allocate import choose, request
+from .errors import GateFailed
+from .layers import is_layer_cut
 from .options import Options
+from .samples import Samples
 
 STEPS = 6  # halvings of the interval between what was asked for and nothing removed
 NEAR = 0.01  # of the amount: closer than this is not looked for
@@ -49,9 +55,54 @@ def most_that_passes(drop_at: Callable[[float], float], asked: float, limit: flo
 
 
 def words(options: Options, removed: float | None) -> str:
-    """What to ask for instead."""
-    if removed is None:
+    """What to ask for instead, rounded to what passes too."""
+    removed = math.floor(100 * (removed or 0) + 1e-9) / 100
+    if not removed:
         return "no amount is known that would pass; leave dimensions out, or allow more"
     if options.params is None:
         return f"--pruning-ratio {removed:.2f} would pass"
     return f"--target params={1 - removed:.2f} would pass"
+
+
+def rejected(out: Path) -> Path:
+    """Where a model that the gate rejects is kept."""
+    return out.with_name(f"{out.name}.rejected")
+
+
+def pass_gate(planned, dense: float, compressed: float, samples: Samples, out: Path) -> None:
+    """Set a model that loses too much aside, and say what would pass. Raises `GateFailed`.
+
+    `planned` is what was saved to `out`, with the calibration that it stands on; the losses are
+    those of both models on `samples`.
+    """
+    options = planned.calibration.options
+    found = drop(dense, compressed, options.drop_type)
+    if options.max_drop is None or found <= options.max_drop:
+        return
+    aside = rejected(out)
+    out.rename(aside)
+    passing = _what_passes(planned, dense, samples)
+    raise GateFailed(
+        f"the loss rises by {found:.3g} ({options.drop_type}), --max-drop {options.max_drop:g} is "
+        f"allowed; kept aside as {aside}; {words(options, passing)}."
+    )
+
+
+def _what_passes(planned, dense: float, samples: Samples) -> float | None:
+    """The largest amount that passes, by the same criterion, from the statistics at hand."""
+    calibration, dims = planned.calibration, planned.dims
+    options, named = calibration.options, calibration.named
+    name = planned.verdict.winner.name if planned.verdict else options.importance
+    asked = options.pruning_ratio is not None or options.params is not None
+    given = not dims or not asked or name == "auto"
+    if given or any(is_layer_cut(cut) for cut in planned.plan):
+        return None
+    scores = calibration.scores(dims, name)
+
+    def drop_at(removed: float) -> float:
+        here = with_amount(options, removed)
+        plan = choose(named, dims, scores, request(named, dims, here), here)
+        losses = calibration.lost(plan, dims, samples)
+        return drop(dense, losses.mean(), options.drop_type)
+
+    return most_that_passes(drop_at, amount(options), options.max_drop)

@@ -1,30 +1,28 @@
-"""What each command does and prints. Results go to stdout, progress and notes to stderr."""
+"""What each command does and prints. Results go to stdout, progress and notes to stderr.
+
+A saved program and a language model take the same road, by functions of the same names.
+"""
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from . import recipe, shrink
-from .allocate import family
-from .archive import is_program, load_program
-from .axes import NamedAxes, named_axes
-from .bridges.exports import copy_tokenizer
+from . import program_recipe, recipe
+from .archive import read_record
+from .axes import named_axes
 from .bridges.measure import evaluate_folders
 from .checkpoint import check_free
-from .choice import Verdict
+from .errors import InputError
 from .options import Options
-from .plan import PrunePlan
 from .plan import diff as plan_diff
 from .report import comparison_table, write_report
 from .scoring import inspect as inspect_axes
 from .scoring import read_windows
+from .screen import axes_document, axes_table, plan_table, table, verdict_table
 from .stream import Progress as Advance
 
 out = Console()
@@ -47,50 +45,56 @@ def progress_bars() -> Iterator[Advance]:
         yield advance
 
 
-def compress(model: str, mlx_path: Path, data: Path, options: Options, *, plan, carrier, trust):
-    """The whole job, with the closing table."""
+def compress(
+    model: str, mlx_path: Path, data: Path, options: Options, *, plan, carrier, kept, trust
+) -> None:
+    """The whole job, with the closing table. `kept` is where statistics are kept, or None."""
     check_free(mlx_path)
-    source = recipe.open_model(model, trust_remote_code=trust)
+    road = _road(model)
+    source = road.open_model(model, trust_remote_code=trust)
     saved = recipe.read_plan(plan) if plan else None
+    heard: list[str] = []
+
+    def on_plan(planned) -> None:
+        tell_plan(planned)
+        heard.extend(planned.notes)
+
     with progress_bars() as progress:
-        report = recipe.compress(
-            source, options, data, mlx_path, plan=saved, carrier=carrier, on_plan=tell_plan,
-            progress=progress,
+        report = road.compress(
+            source, options, data, mlx_path, plan=saved, carrier=carrier, kept=kept,
+            on_plan=on_plan, progress=progress,
         )  # fmt: skip
     tell_report(report)
+    tell_notes([note for note in report["notes"] if note not in heard])
     tell_saved(mlx_path)
 
 
 def prune(
     model: str, mlx_path: Path | None, data: Path | None, options: Options,
-    *, plan, save_plan, carrier, trust, as_json,
+    *, plan, save_plan, carrier, kept, trust, as_json,
 ) -> None:  # fmt: skip
     """Make or read a plan, show it, and save the pruned model unless it is a dry run."""
     if mlx_path is not None:
         check_free(mlx_path)
+    road = _road(model)
+    source = road.open_model(model, trust_remote_code=trust)
     saved = recipe.read_plan(plan) if plan else None
-    if is_program(Path(model)):
-        source = load_program(model)
-        planned = shrink.plan_program(source, options, saved)
-        _show_plan(planned, save_plan, as_json)
-        if mlx_path is not None:
-            shrink.save_pruned_program(source, planned, mlx_path)
-            copy_tokenizer(Path(model))(mlx_path)
-            err.print(f"Saved to {mlx_path}; it equals the model with the removed units zeroed.")
-        return
-    source = recipe.open_model(model, trust_remote_code=trust)
     with progress_bars() as progress:
+        more = {"carrier": carrier, "kept": kept, "progress": progress}
         if saved:
-            planned = recipe.apply_plan(
-                source, saved, options, data, carrier=carrier, progress=progress
-            )
+            planned = road.apply_plan(source, saved, options, data, **more)
         else:
-            planned = recipe.make_plan(source, options, data, carrier=carrier, progress=progress)
+            planned = road.make_plan(source, options, data, **more)
         _show_plan(planned, save_plan, as_json)
         if mlx_path is not None:
-            recipe.save_pruned(source, planned, mlx_path, progress=progress)
+            road.save_pruned(source, planned, mlx_path, progress=progress)
     if mlx_path is not None:
         tell_saved(mlx_path)
+
+
+def _road(model: str):
+    """The steps for a model of this kind."""
+    return program_recipe if program_recipe.is_saved(model) else recipe
 
 
 def _show_plan(planned, save_plan: Path | None, as_json: bool) -> None:
@@ -101,22 +105,28 @@ def _show_plan(planned, save_plan: Path | None, as_json: bool) -> None:
     tell_plan(planned)
     if save_plan:
         planned.plan.save(save_plan)
-        err.print(f"Plan written to {save_plan}.")
+        err.print(f"Plan written to {save_plan}.", soft_wrap=True)
 
 
 def evaluate(
     model: str, dense: str | None, data: Path, options: Options, *, output, trust, as_json
 ) -> None:
     """One model's figures, or two side by side."""
-    opened = recipe.open_model(model, trust_remote_code=trust)
-    parent = recipe.open_model(dense, trust_remote_code=trust) if dense else None
+    road = _road(model)
+    if dense and _road(dense) is not road:
+        kinds = [_kind(name) for name in (dense, model)]
+        raise InputError(f"--dense {dense}: is {kinds[0]}, but {model} {kinds[1]}.")
+    opened = road.open_model(model, trust_remote_code=trust)
+    parent = road.open_model(dense, trust_remote_code=trust) if dense else None
+    pair = (parent, opened) if parent else (opened, None)
     notes: list[str] = []
-    windows = read_windows(opened, data, "evaluation", options, notes)
-    for note in notes:
-        err.print(f"note: {note}")
+    if road is program_recipe:
+        measure, judged = road.evaluate_models, road.read_evaluation(opened, data, options, notes)
+    else:
+        measure, judged = evaluate_folders, read_windows(opened, data, "evaluation", options, notes)
+    tell_notes(notes)
     with progress_bars() as progress:
-        pair = (parent, opened) if parent else (opened, None)
-        report = evaluate_folders(*pair, windows, options, progress=progress)
+        report = measure(*pair, judged, options, progress=progress)
     if output:
         write_report(report, output)
     if as_json:
@@ -125,10 +135,14 @@ def evaluate(
         out.print(comparison_table(report))
 
 
+def _kind(model: str) -> str:
+    return "a saved program" if program_recipe.is_saved(model) else "a language model"
+
+
 def inspect(model: str, *, parameters: bool, trust: bool, as_json: bool) -> None:
     """The dimensions of a model."""
-    if is_program(Path(model)):
-        named = named_axes(load_program(model).at())
+    if program_recipe.is_saved(model):
+        named = named_axes(program_recipe.open_model(model).program.at())
     else:
         named = inspect_axes(recipe.open_model(model, trust_remote_code=trust))
     if as_json:
@@ -157,97 +171,43 @@ def diff(left: Path, right: Path, *, as_json: bool) -> None:
     out.print(rows if found else "The plans keep the same units.")
 
 
-def axes_document(named: NamedAxes) -> dict:
-    """`inspect --json`: every dimension, every parameter's axes, primitives without a rule."""
-    return {
-        "dimensions": [
-            {
-                "name": d.name,
-                "kind": d.kind,
-                "size": d.size,
-                "free": d.free,
-                "why_not": d.frozen,
-                "within": d.within,
-                "exact": d.exact,
-                "slots": [list(slot) for slot in d.slots],
-            }
-            for d in named.dimensions.values()
-        ],
-        "parameters": {path: named.describe(path) for path in named.graph.parameters},
-        "unknown_primitives": named.unknown,
-    }
-
-
-def axes_table(named: NamedAxes) -> Table:
-    """One row for each place in the model; layers that are alike share a row."""
-    rows: dict[tuple, list] = {}
-    for d in named.dimensions.values():
-        where = family(d)[0]
-        status = f"fixed: {d.frozen}" if not d.free else "free" if d.exact else "free, normalised"
-        rows.setdefault((where, d.size, status), []).append(d)
-    shown = table("dimension", "size", "times", "status")
-    shown.columns[0].no_wrap = True
-    for (where, size, status), same in rows.items():
-        shown.add_row(where, str(size), str(len(same)), status)
-    return shown
-
-
-def plan_table(plan: PrunePlan) -> Table:
-    """What a plan keeps, layer by layer."""
-    shown = table("dimension", "kept", "of", "removed")
-    for cut in plan:
-        gone = sorted(set(range(cut.size)) - set(cut.keep)) if not cut.within else None
-        shown.add_row(cut.name, str(cut.kept), str(cut.size), _few(gone))
-    return shown
-
-
-def _few(units: list[int] | None) -> str:
-    if units is None:
-        return "chosen anew for each"
-    return ", ".join(map(str, units[:8])) + (f", ... ({len(units)})" if len(units) > 8 else "")
-
-
-def table(*columns: str) -> Table:
-    """An empty table; the first column is text, as are those called status or axes."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for k, name in enumerate(columns):
-        left = k == 0 or name in ("status", "axes", "removed")
-        made.add_column(name, overflow="fold", justify="left" if left else "right")
-    return made
+def tell_report(report: dict) -> None:
+    """The closing table, and what each language model makes of the same words."""
+    out.print(comparison_table(report))
+    for name in ("dense", "compressed"):
+        text = report[name].get("sample")
+        if text:
+            words = [_flat(text[key]) for key in ("prompt", "continuation")]
+            out.print(f"[bold]{name}[/]: {words[0]} [italic]{words[1]}")
 
 
 def _flat(text: str) -> str:
     return " ".join(text.split()).replace("[", "\\[")
 
 
-def tell_report(report: dict) -> None:
-    """The closing table, and what each model makes of the same words."""
-    out.print(comparison_table(report))
-    for name in ("dense", "compressed"):
-        text = report[name]["sample"]
-        out.print(f"[bold]{name}[/]: {_flat(text['prompt'])} [italic]{_flat(text['continuation'])}")
-
-
-def verdict_table(verdict: Verdict) -> Table:
-    """Every criterion on held-out calibration text, and how far it is behind the best."""
-    rows = table("criterion", "nats/token", "more than the best (95 %)", "status")
-    for candidate in verdict.candidates:
-        ends = verdict.behind[candidate.name]
-        behind = "{:+.3f} ({:+.3f} to {:+.3f})".format(*ends) if any(ends) else ""
-        chosen = "chosen" if candidate is verdict.winner else ""
-        rows.add_row(candidate.name, f"{candidate.mean:.3f}", behind, chosen)
-    return rows
-
-
 def tell_plan(planned) -> None:
-    if getattr(planned, "verdict", None) is not None:
+    """Why this plan, what is worth knowing about it, and what is left."""
+    if planned.verdict is not None:
         err.print(verdict_table(planned.verdict))
-    for note in planned.notes:
-        err.print(f"note: {note}", highlight=False)
+    tell_notes(planned.notes)
     share = f"{100 * planned.kept_parameters:.1f} %"
     err.print(f"Keeps {share} of the block parameters.", highlight=False)
 
 
+def tell_notes(notes: list[str]) -> None:
+    for note in notes:
+        err.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+
+
 def tell_saved(path: Path) -> None:
-    print(f"Saved and verified with stock mlx-lm: {path}", file=sys.stderr)
-    print(f"  mlx_lm.generate --model {path} --prompt 'Once'", file=sys.stderr)
+    """Where it is, what was proven of it, and what to do with it."""
+    if program_recipe.is_saved(str(path)):
+        how = f"compress export --model {path} --to onnx -o {path}-onnx"
+        error = read_record(path)["verified"]["error_against_zeroing"]
+        same = "the dense program with the removed units zeroed computes the same"
+        proven = same if error is not None else "not compared, as removing here is not zeroing"
+    else:
+        how = f"mlx_lm.generate --model {path} --prompt 'Once'"
+        proven = "verified with stock mlx-lm"
+    for line in (f"Saved to {path}: {proven}.", f"  {how}"):
+        err.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -5,7 +5,7 @@ measure. Only this file knows the order; the steps meet in plain data.
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,8 +15,6 @@ from mlx.utils import tree_flatten
 from .allocate import (
     Request,
     block_parameters,
-    choose,
-    choose_layers,
     prunable,
     prunable_layers,
     request,
@@ -40,24 +38,22 @@ from .checkpoint import (
 )
 from .choice import Verdict
 from .edit import edit_graph
-from .errors import GateFailed, InputError
+from .errors import InputError
 from .expressible import fitted_config, snap
-from .gate import amount, drop, most_that_passes, with_amount, words
+from .gate import pass_gate, rejected
 from .importance import needs
 from .layers import dropped_parameters, is_layer_cut, renamed_paths, settled, without
 from .options import KINDS, Options
 from .plan import PrunePlan, describe
 from .prune import Cutter, check_plan, pruned_fetch, pruner
-from .report import write_report
+from .report import add_plan, record_of, write_report
 from .scoring import (
     PROOF_TOKENS,
     as_samples,
-    best_plan,
+    choose_plan,
     inspect,
-    layer_scores,
     on_text,
     read_windows,
-    unit_scores,
 )
 from .stream import Progress, silent, stream_forward
 
@@ -106,19 +102,7 @@ def make_plan(
         _planned(model, named, PrunePlan({d.name: without(d, d.removable[-1:])}), [], None)
     notes += wanted.notes
     calibration = on_text(model, data, options, notes, kept=kept, progress=progress)
-    plan = PrunePlan({}, {k: v for k, v in asdict(options).items() if v is not None})
-    verdict = None
-    if dims and options.importance == "auto":
-        verdict = best_plan(calibration, dims, wanted)
-        plan = PrunePlan(verdict.winner.plan.cuts, {**plan.recipe, "chosen": verdict.winner.name})
-    elif dims:
-        plan = choose(
-            named, dims, unit_scores(calibration, named, dims), wanted, options, plan.recipe
-        )
-    if layers:
-        scores = layer_scores(calibration, named, layers)
-        cuts = plan.cuts | choose_layers(named, layers, scores, options)
-        plan = settled(named, PrunePlan(cuts, plan.recipe))
+    plan, verdict = choose_plan(calibration, named, dims, layers, wanted)
     planned = _planned(model, named, plan, notes, carrier)
     planned.verdict = verdict
     return _refitted(planned, calibration, dims)
@@ -196,18 +180,8 @@ def save_pruned(
         write_config(folder, planned.config)
         copy_rest(model.path, folder)
         error = _prove(model, planned, folder, dtypes)
-        record = {
-            "plan": planned.plan.to_json(),
-            "parent": parent_record(model.path),
-            "kept_block_parameters": planned.kept_parameters,
-            "notes": planned.notes,
-            "verified": {"loader": "mlx_lm.load in a fresh process", "logit_error": error},
-        }
-        if planned.refit:
-            found = {"lambda": planned.cut.chosen, "left_as_it_is": planned.cut.left}
-            record["refit"] = planned.refit | found
-        if planned.verdict is not None:
-            record["criteria"] = planned.verdict.document()
+        verified = {"loader": "mlx_lm.load in a fresh process", "logit_error": error}
+        record = record_of(planned, parent_record(model.path), verified)
         record["metrics"] = finish(folder) if finish else {}
         write_record(folder, record)
     return record
@@ -287,7 +261,7 @@ def compress(
     notes: list[str] = []
     check_memory(model)
     if options.max_drop is not None:
-        check_free(_rejected(Path(out)))
+        check_free(rejected(Path(out)))
     windows = read_windows(model, data, "evaluation", options, notes)
     if plan:
         planned = apply_plan(
@@ -302,59 +276,16 @@ def compress(
     def finish(folder: Path) -> dict:
         pruned = open_model(folder)
         report.update(evaluate_folders(model, pruned, windows, options, progress=progress))
-        report["kept_block_parameters"] = planned.kept_parameters
-        report["seconds"] = time.perf_counter() - started
-        report["recipe"] = dict(planned.plan.recipe)
-        report["notes"] = planned.notes
-        if planned.verdict is not None:
-            report["criteria"] = planned.verdict.document()
+        planned.notes += planned.calibration.unlike(report["dense"]["nats_per_token"])
+        add_plan(report, planned, time.perf_counter() - started)
         write_report(report, folder / "report.json")
         return {k: report[k] for k in ("dense", "compressed", "paired")}
 
     save_pruned(model, planned, out, finish=finish, progress=progress)
     if options.max_drop is not None:
-        _pass_gate(model, planned, options, report, windows, Path(out))
+        losses = [report[name]["nats_per_token"] for name in ("dense", "compressed")]
+        pass_gate(planned, *losses, as_samples(windows, options.batch_size), Path(out))
     return report
-
-
-def _pass_gate(model, planned: Planned, options: Options, report, windows, out: Path) -> None:
-    """Set a model that loses too much aside, and say what would pass. Raises `GateFailed`."""
-    dense, worse = (report[name]["nats_per_token"] for name in ("dense", "compressed"))
-    found = drop(dense, worse, options.drop_type)
-    if found <= options.max_drop:
-        return
-    rejected = _rejected(out)
-    out.rename(rejected)
-    passing = _what_passes(model, planned, options, dense, windows)
-    raise GateFailed(
-        f"the loss rises by {found:.3f} ({options.drop_type}), --max-drop {options.max_drop:g} is "
-        f"allowed; kept aside as {rejected}; {words(options, passing)}."
-    )
-
-
-def _rejected(out: Path) -> Path:
-    """Where a model that the gate rejects is kept."""
-    return out.with_name(f"{out.name}.rejected")
-
-
-def _what_passes(model, planned: Planned, options: Options, dense, windows) -> float | None:
-    """The largest amount that passes, by the same criterion, from the statistics at hand."""
-    name = planned.verdict.winner.name if planned.verdict else options.importance
-    asked = options.pruning_ratio is not None or options.params is not None
-    if not planned.dims or not asked or name == "auto":  # a plan that was given
-        return None
-    calibration, named = planned.calibration, inspect(model)
-    scores = calibration.scores(planned.dims, name)
-    samples = as_samples(windows, options.batch_size)
-
-    def drop_at(removed: float) -> float:
-        here = with_amount(options, removed)
-        wanted = request(named, planned.dims, here)
-        plan = choose(calibration.named, planned.dims, scores, wanted, here)
-        losses = calibration.lost(plan, planned.dims, samples)
-        return drop(dense, losses.mean(), options.drop_type)
-
-    return most_that_passes(drop_at, amount(options), options.max_drop)
 
 
 def read_plan(path: str | Path) -> PrunePlan:

@@ -62,6 +62,33 @@ def comparison_table(report: dict) -> Table:
     return table
 
 
+def add_plan(report: dict, planned, seconds: float) -> None:
+    """Put what was decided, and why, beside what was measured of it."""
+    report["kept_block_parameters"] = planned.kept_parameters
+    report["seconds"] = seconds
+    report["recipe"] = dict(planned.plan.recipe)
+    report["notes"] = planned.notes
+    if planned.verdict is not None:
+        report["criteria"] = planned.verdict.document()
+
+
+def record_of(planned, parent: dict, verified: dict) -> dict:
+    """What `compression.json` says of how a model was made, and by what it was proven."""
+    record = {
+        "plan": planned.plan.to_json(),
+        "parent": parent,
+        "kept_block_parameters": planned.kept_parameters,
+        "notes": planned.notes,
+        "verified": verified,
+    }
+    if planned.refit:
+        found = {"lambda": planned.cut.chosen, "left_as_it_is": planned.cut.left}
+        record["refit"] = planned.refit | found
+    if planned.verdict is not None:
+        record["criteria"] = planned.verdict.document()
+    return record
+
+
 def write_report(report: dict, path: str | Path) -> None:
     """Write `report` as JSON, whole or not at all: a temporary name first, then a rename.
 

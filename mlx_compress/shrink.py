@@ -5,30 +5,30 @@ Widths are free in a program, so nothing is snapped to what a config can say. Wi
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from .allocate import block_parameters, choose, prunable, request
+from .allocate import Request, block_parameters, prunable, prunable_layers, request
 from .archive import save_program
 from .axes import Dimension, NamedAxes, named_axes
 from .calibration import Calibration
-from .checkpoint import new_folder, parent_record
+from .checkpoint import new_folder, parent_record, write_record
 from .choice import Verdict
 from .errors import GateFailed, InputError
-from .evaluate import EvaluateConfig
-from .evaluate_samples import evaluate_programs
 from .importance import CRITERIA, needs
-from .options import Options
+from .layers import dropped_parameters, is_layer_cut, settled
+from .options import KINDS, Options
 from .parity import TOLERANCE, error_of
 from .plan import PrunePlan
 from .program import Program, prune_program, with_weights
 from .prune import Cutter, check_plan, picks, pruner, spread_array
-from .report import write_report
-from .samples import Samples, read_samples
-from .scoring import best_plan, unit_scores
+from .report import record_of
+from .samples import read_samples
+from .scoring import choose_plan
+from .sequential import can_run
 from .sizes import sizes_of
 from .stream import Progress, silent
 
@@ -40,10 +40,10 @@ class ProgramPlan:
     plan: PrunePlan
     kept_parameters: float
     notes: list[str] = field(default_factory=list)
-    cut: Cutter | None = None
-    refit: dict = field(default_factory=dict)
-    verdict: Verdict | None = None
-    calibration: Calibration | None = None
+    cut: Cutter | None = None  # how each parameter is cut, where not simply to what is kept
+    refit: dict = field(default_factory=dict)  # how it was fitted, and why so
+    verdict: Verdict | None = None  # why this criterion
+    calibration: Calibration | None = None  # what it stands on
     dims: list[Dimension] = field(default_factory=list)
 
 
@@ -87,18 +87,24 @@ def plan_program(
     calibration = calibration or on_samples(program, None, options, [])
     verdict, notes = None, calibration.notes
     if plan is None:
-        plan, verdict = _choose(named, options, calibration)
+        plan, verdict, dims = _choose(named, options, calibration)
+    else:
+        plan = settled(named, plan)
+        dims = [named.dimensions[cut.name] for cut in plan if not is_layer_cut(cut)]
     check_plan(named, plan)
-    dims = [named.dimensions[cut.name] for cut in plan]
-    kept = block_parameters(named, plan.counts()) / block_parameters(named)
+    gone = dropped_parameters(named, plan)
+    kept = block_parameters(named, plan.counts(), gone) / block_parameters(named)
     planned = ProgramPlan(plan, kept, notes, verdict=verdict, calibration=calibration, dims=dims)
-    if options.refit and calibration.read is not None:
-        planned.cut, planned.refit = calibration.fitted(plan, dims)
+    if dims and options.refit:
+        if calibration.read is None:
+            notes.append("no --data: the kept weights are not refitted")
+        else:
+            planned.cut, planned.refit = calibration.fitted(plan, dims)
     return planned
 
 
 def _choose(named: NamedAxes, options: Options, calibration: Calibration):
-    """The plan by the options' criterion, and the verdict where it was chosen by evidence."""
+    """The plan, the verdict where it was chosen by evidence, and the unit dimensions of it."""
     options.require_amount()
     if "data" in needs(options.importance) and calibration.read is None:
         names = ", ".join(name for name in CRITERIA if "data" not in needs(name))
@@ -106,54 +112,52 @@ def _choose(named: NamedAxes, options: Options, calibration: Calibration):
             f"--importance {options.importance} reads samples: give --data, an .npz with labels or "
             f"sentence pairs in .jsonl, or choose from {names}."
         )
-    dims = prunable(named, options)
-    wanted = request(named, dims, options)
+    layers = prunable_layers(named, options)
+    dims, wanted = [], Request({})
+    if any(kind in KINDS for kind in options.dims):
+        dims = prunable(named, options)
+        wanted = request(named, dims, options)
     calibration.notes += wanted.notes
-    recipe = {k: v for k, v in asdict(options).items() if v is not None}
-    if options.importance == "auto":
-        verdict = best_plan(calibration, dims, wanted)
-        chosen = {**recipe, "chosen": verdict.winner.name}
-        return PrunePlan(verdict.winner.plan.cuts, chosen), verdict
-    scores = unit_scores(calibration, named, dims)
-    return choose(named, dims, scores, wanted, options, recipe), None
+    return *choose_plan(calibration, named, dims, layers, wanted), dims
 
 
 def save_pruned_program(
-    program: Program, planned: ProgramPlan, out: Path,
-    *, finish: Callable[[Program, Path], dict] | None = None,
-) -> Program:  # fmt: skip
+    program: Program,
+    planned: ProgramPlan,
+    out: Path,
+    *,
+    parent: Path | None = None,
+    beside: Callable[[Path], None] = lambda folder: None,
+    finish: Callable[[Program, Path], dict] | None = None,
+) -> Program:
     """Prune, prove that it equals zeroing, and save as a program folder, all or nothing.
 
+    `parent` is the folder of the dense program, for the record, and `beside(folder)` adds files.
     `finish(pruned, folder)` may measure the proven folder and returns metrics to record. Raises
     `GateFailed` if the pruned program computes something else.
     """
     named = named_axes(program.at())
     pruned = prune_program(program, planned.plan, planned.cut)
-    record = {
-        "plan": planned.plan.to_json(),
-        "notes": planned.notes,
-        "kept_block_parameters": planned.kept_parameters,
-        "verified": {"error_against_zeroing": _prove(program, named, planned, pruned)},
-    }
-    if planned.refit:
-        found = {"lambda": planned.cut.chosen, "left_as_it_is": planned.cut.left}
-        record["refit"] = planned.refit | found
-    if planned.verdict is not None:
-        record["criteria"] = planned.verdict.document()
+    verified = {"error_against_zeroing": _prove(program, named, planned, pruned)}
     with new_folder(out) as folder:
-        save_program(pruned, folder, record)
-        if finish:
-            save_program(pruned, folder, {**record, "metrics": finish(pruned, folder)})
+        save_program(pruned, folder, {"verified": verified})
+        beside(folder)
+        record = record_of(planned, {} if parent is None else parent_record(parent), verified)
+        record["metrics"] = finish(pruned, folder) if finish else {}
+        write_record(folder, record)
     return pruned
 
 
 def _prove(program: Program, named: NamedAxes, planned: ProgramPlan, pruned: Program):
     """The error against the zeroed program; None where removing is not zeroing by nature."""
     plan, cut = planned.plan, planned.cut or pruner(named, planned.plan)
-    if not all(named.dimensions[c.name].exact for c in plan):
+    if not can_run(named, plan):
         return None
+    gone = dropped_parameters(named, plan)
     zeroed = {
-        path: spread_array(cut(path, array), picks(named, plan, path), array.shape)
+        path: mx.zeros_like(array)
+        if path in gone
+        else spread_array(cut(path, array), picks(named, plan, path), array.shape)
         for path, array in program.fetch(list(program.graph.parameters)).items()
     }
     feeds = program.feeds()
@@ -162,30 +166,3 @@ def _prove(program: Program, named: NamedAxes, planned: ProgramPlan, pruned: Pro
     if not error <= TOLERANCE[mx.float32]:
         raise GateFailed(f"the pruned model differs from the zeroed one by {error:.1e}.")
     return error
-
-
-def compress_program(
-    program: Program, planned: ProgramPlan, out: Path, samples: Samples,
-    *, folder: Path, progress: Progress = silent,
-) -> dict:  # fmt: skip
-    """Save and measure beside the dense program; returns the report, also written there.
-
-    Raises `GateFailed` for a loss beyond `max_drop`: the program is then kept aside.
-    """
-    report: dict = {}
-    options = planned.calibration.options
-
-    def finish(pruned: Program, work: Path) -> dict:
-        report.update(evaluate_programs(
-            program, pruned, samples, EvaluateConfig(seed=options.seed),
-            folders={"dense": folder, "compressed": work}, progress=progress,
-        ))  # fmt: skip
-        report["kept_block_parameters"] = planned.kept_parameters
-        report["recipe"], report["notes"] = dict(planned.plan.recipe), planned.notes
-        if planned.verdict is not None:
-            report["criteria"] = planned.verdict.document()
-        write_report(report, work / "report.json")
-        return {k: report[k] for k in ("dense", "compressed", "paired")}
-
-    save_pruned_program(program, planned, out, finish=finish)
-    return report

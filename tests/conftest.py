@@ -1,10 +1,18 @@
-"""What tests of the command line share."""
+"""What tests share: a cache of their own, and the command line."""
 
 import sys
 
 import pytest
 
 from mlx_compress import cli
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Statistics are kept here, and not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_COMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ PACKAGES = {
     "mlx_compress.kernels": "kernels",
     "mlx_compress.benchmarks": "benchmarks",
 }
-ABOVE_THE_CORE = {"cli.py", "demo.py", "jobs.py", "recipe.py", "ship.py", "toolkit.py"}
+ABOVE_THE_CORE = {
+    "cli.py", "demo.py", "jobs.py", "program_recipe.py", "recipe.py", "ship.py", "toolkit.py",
+}  # fmt: skip
 NOT_IN_THE_CORE = (
     "mlx_compress.bridges",
     "mlx_compress.benchmarks",
