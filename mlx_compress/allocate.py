@@ -7,21 +7,22 @@ a family against each other instead, and gives every layer its own count.
 
 import math
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
 
-from .axes import OUTPUT, Dimension, NamedAxes
-from .dims import leaves
+from .axes import Dimension, NamedAxes
+from .budget import DENSE, TOLERANCE, Budget, parameters
 from .errors import InputError
 from .importance import Scores
-from .layers import LayerDimension, dropped_parameters, layer_dimensions, without
+from .layers import LayerDimension, layer_dimensions, without
 from .options import LAYER_KINDS, Options
 from .plan import Cut, PrunePlan
 
 COARSE = 64  # a dimension with fewer units than this cannot follow a target closely
+KNOTS = 8  # steps from the dense model to the least, at which a spending that varies is measured
 Counts = dict[str, int]
 
 
@@ -65,14 +66,30 @@ def family(dim: Dimension) -> tuple[str, int]:
     return re.sub(r"\d+", "*", dim.name), dim.size
 
 
-def request(named: NamedAxes, dims: list[Dimension], options: Options) -> Request:
-    """The counts to keep, uniform within a family. `InputError` if a dimension would be emptied."""
+def request(
+    named: NamedAxes, dims: list[Dimension], options: Options, budget: Budget | None = None
+) -> Request:
+    """The counts to keep, uniform within a family.
+
+    `budget` is that of the options' target; a fraction of parameters needs none. Raises
+    `InputError` if a dimension would be emptied, or a target cannot be met.
+    """
     if options.pruning_ratio is not None:
         wanted, ratio = Request({}), options.pruning_ratio
         for d in dims:
             _note(wanted, d, _kept(d, ratio, options.round_to), ratio)
         return wanted
-    return _for_target(named, dims, options)
+    if any(kind in LAYER_KINDS for kind in options.dims):
+        raise InputError(
+            f"--target {options.budget[0]} with --dims {','.join(options.dims)}: units or whole "
+            "layers can make up a target, not both; name one of them, or give --pruning-ratio."
+        )
+    return _for_target(named, dims, options, _budget(named, options, budget))
+
+
+def _budget(named: NamedAxes, options: Options, budget: Budget | None) -> Budget:
+    assert budget or options.params is not None, options.budget
+    return budget or parameters(named)
 
 
 def _kept(dim: Dimension, ratio: float, round_to: int) -> int:
@@ -109,72 +126,112 @@ def _note(wanted: Request, dim: Dimension, kept: int, ratio: float) -> None:
             wanted.notes.append(note)
 
 
-def _for_target(named: NamedAxes, dims: list[Dimension], options: Options) -> Request:
-    """Coarse dimensions take the target's ratio, rounded; fine ones make up the difference."""
-    total = block_parameters(named)
-    goal = options.params * total
+def _for_target(
+    named: NamedAxes, dims: list[Dimension], options: Options, budget: Budget
+) -> Request:
+    """Coarse dimensions take the common ratio of the goal, rounded; fine ones make up for that."""
+    goal, step = options.budget[1], options.round_to
+    coarse = [d for d in dims if d.size < COARSE]
+    coarse = coarse if len(coarse) < len(dims) else []
+    fine = [d for d in dims if d not in coarse]
+    spent = _spending(named, dims, step, budget)
+
+    def at(ratio: float, fixed: Counts) -> Counts:
+        return fixed | {d.name: _at_least_one_step(d, ratio, step) for d in fine}
+
+    def unrounded(ratio: float) -> float:
+        down, up, part = _around(coarse, ratio, step)
+        return (1 - part) * spent(at(ratio, down)) + part * spent(at(ratio, up))
+
+    def met(fixed: Counts) -> Counts:
+        ends = _crossing(lambda ratio: spent(at(ratio, fixed)), goal)
+        return min((at(end, fixed) for end in ends), key=lambda counts: abs(spent(counts) - goal))
+
+    _check_reach(options, spent({}), unrounded(1), [d.kind for d in dims])
+    ratio = _crossing(unrounded, goal, halvings=12)[1]
+    fixed = {d.name: _at_least_one_step(d, ratio, step) for d in coarse}
+    if spent(met(fixed)) > goal * (1 + TOLERANCE):
+        fixed = _around(coarse, ratio, step)[0]
     wanted = Request({})
-    fine = [d for d in dims if d.size >= COARSE] or dims
-    for d in dims:
-        if d not in fine:
-            kept = _at_least_one_step(d, 1 - options.params, options.round_to)
-            _note(wanted, d, kept, 1 - options.params)
-
-    def at(ratio: float) -> Counts:
-        kept = {d.name: _at_least_one_step(d, ratio, options.round_to) for d in fine}
-        return wanted.counts | kept
-
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        if block_parameters(named, at(middle)) > goal:
-            low = middle
-        else:
-            high = middle
-    reachable = [at(low), at(high)]
-    best = min(reachable, key=lambda counts: abs(block_parameters(named, counts) - goal))
-    reached = block_parameters(named, best) / total
-    if abs(reached - options.params) > 0.02:
-        least = block_parameters(named, at(1)) / total
-        wanted.notes.append(
-            f"--target params={options.params:g}: the nearest that these dimensions can reach is "
-            f"{reached:.3f} (least: {least:.3f})"
-        )
-    wanted.counts = best
+    for d in coarse:
+        _note(wanted, d, fixed[d.name], ratio)
+    wanted.counts = met(fixed)
     return wanted
 
 
-def block_parameters(
-    named: NamedAxes, counts: Mapping[str, int] | None = None, gone: Container[str] = ()
-) -> int:
-    """Parameters outside the embeddings and the head, with `counts` units kept, without `gone`.
+def _spending(
+    named: NamedAxes, dims: list[Dimension], round_to: int, budget: Budget
+) -> Callable[[Counts], float]:
+    """What counts spend; other dimensions are whole."""
 
-    Embeddings are the matrices from which rows are taken (other than by the choice of experts),
-    the head has the model's output as an axis.
-    """
-    outside = _embeddings_and_head(named)
-    return sum(
-        math.prod(named.sizes_after(path, counts or {}))
-        for path in named.graph.parameters
-        if path not in outside and path not in gone
-    )
+    def common(ratio: float) -> PrunePlan:
+        return stand_in(named, {d.name: _at_least_one_step(d, ratio, round_to) for d in dims})
+
+    spent = budget.along(common(k / KNOTS) if k else DENSE for k in range(KNOTS + 1))
+    known: dict[tuple, float] = {}
+
+    def of_counts(counts: Counts) -> float:
+        key = tuple(counts.get(d.name, d.size) for d in dims)
+        if key not in known:
+            known[key] = spent(stand_in(named, counts))
+        return known[key]
+
+    return of_counts
 
 
-def _embeddings_and_head(named: NamedAxes) -> set[str]:
-    graph, axes = named.graph, named.inference.axes
-    experts = {dim for axis, _ in named.inference.routed for dim in leaves(axis)}
-    tables = {
-        node.inputs[0]
-        for node in graph.nodes
-        if node.op == "Gather" and tuple(node.attributes[0]) == (0,)
-        if len(axes[node.inputs[0]]) > 1 and not experts & set(leaves(axes[node.inputs[0]][0]))
-    }
-    return {
-        path
-        for path, value in graph.parameters.items()
-        if value in tables
-        or any(dim.frozen == OUTPUT for axis in named.axes_of(path) for dim in leaves(axis))
-    }
+def _around(dims: list[Dimension], ratio: float, round_to: int) -> tuple[Counts, Counts, float]:
+    """The counts below and above what `ratio` leaves, and where between them that lies, 0 to 1."""
+    down: Counts = {}
+    up: Counts = {}
+    parts = []
+    for d in dims:
+        step = _step(d, round_to)
+        exact = d.size * (1 - ratio)
+        down[d.name] = low = max(step, math.floor(exact / step) * step)
+        up[d.name] = high = min(d.size, max(low, math.ceil(exact / step) * step))
+        parts += [(exact - low) / (high - low)] if high > low else []
+    return down, up, float(np.mean(parts)) if parts else 0.0
+
+
+def _crossing(
+    spent: Callable[[float], float], goal: float, halvings: int = 40
+) -> tuple[float, float]:
+    """The ratios nearest to each other of which the first spends more than the goal."""
+    low, high = 0.0, 1.0
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        if spent(middle) > goal:
+            low = middle
+        else:
+            high = middle
+    return low, high
+
+
+def _check_reach(options: Options, dense: float, least: float, kinds: Iterable[str]) -> None:
+    """Raise `InputError` for a goal that the dense model meets, or that nothing can meet."""
+    name, goal = options.budget
+    if goal >= dense:
+        raise InputError(
+            f"--target {name}={goal:g}: the dense model has {dense:.4g} already; ask for less."
+        )
+    if least > goal * (1 + TOLERANCE):
+        others = "other --dims" if "layers" in options.dims else "other --dims, such as layers,"
+        raise InputError(
+            f"--target {name}={goal:g}: the least that {', '.join(dict.fromkeys(kinds))} can reach "
+            f"is {least:.3g}; name {others} or ask for that."
+        )
+
+
+def stand_in(named: NamedAxes, counts: Counts) -> PrunePlan:
+    """A plan with the given counts that keeps the first units of each dimension."""
+    cuts = {}
+    for name, count in counts.items():
+        d = named.dimensions[name]
+        if count < d.size:
+            row = list(range(count))
+            keep = [row] * named.dimensions[d.within].size if d.within else row
+            cuts[name] = Cut(name, d.kind, d.size, keep, d.within, d.slots)
+    return PrunePlan(cuts)
 
 
 def choose(
@@ -243,8 +300,13 @@ def _matches(dim: Dimension, patterns: Iterable[str]) -> bool:
     )
 
 
-def prunable_layers(named: NamedAxes, options: Options) -> list[LayerDimension]:
-    """The module lists that lose entries, or branches. Raises `InputError` when none can."""
+def prunable_layers(
+    named: NamedAxes, options: Options, budget: Budget | None = None
+) -> list[LayerDimension]:
+    """The module lists that lose entries, or branches.
+
+    Raises `InputError` when none can, or when they cannot meet the options' target alone.
+    """
     kinds = [kind for kind in options.dims if kind in LAYER_KINDS]
     if kinds:
         _check_patterns(named, options)
@@ -253,15 +315,23 @@ def prunable_layers(named: NamedAxes, options: Options) -> list[LayerDimension]:
     if kinds and not chosen:
         why = next((d.frozen for d in found if d.frozen), "the graph has no such residual branch")
         raise InputError(f"--dims {','.join(kinds)}: nothing can be dropped here ({why}).")
+    if chosen and options.budget and len(kinds) == len(options.dims):
+        plans = _fewer(chosen)
+        spent = _budget(named, options, budget).along(plans)
+        _check_reach(options, spent(plans[0]), spent(plans[-1]), kinds)
     return chosen
 
 
 def choose_layers(
-    named: NamedAxes, dims: list[LayerDimension], scores: Scores, options: Options
-) -> dict[str, Cut]:
+    named: NamedAxes, dims: list[LayerDimension], scores: Scores, options: Options,
+    budget: Budget | None = None,
+) -> dict[str, Cut]:  # fmt: skip
     """Drop the entries with the lowest scores: a fraction of each list, or down to the target."""
-    if options.params is not None:
-        return _layers_for_target(named, dims, scores, options.params)
+    if options.budget is not None:
+        spent = _budget(named, options, budget).along(_fewer(dims))
+        order = sorted((scores[d.name][i], d.name, i) for d in dims for i in d.removable)
+        plans = _dropping(dims, [(name, i) for _, name, i in order])
+        return min(plans, key=lambda plan: abs(spent(plan) - options.budget[1])).cuts
     cuts = {}
     for d in dims:
         count = min(round(d.size * options.pruning_ratio), len(d.removable), d.size - 1)
@@ -271,23 +341,22 @@ def choose_layers(
     return cuts
 
 
-def _layers_for_target(named, dims, scores: Scores, target: float) -> dict[str, Cut]:
-    """One entry at a time, the lowest score first, while that comes nearer to the target."""
-    total = block_parameters(named)
-    order = sorted((scores[d.name][i], d.name, i) for d in dims for i in d.removable)
+def _dropping(dims: list[LayerDimension], order: Iterable[tuple[str, int]]) -> list[PrunePlan]:
+    """Nothing dropped, then one entry (list, index) more in each plan; one of each list stays."""
     by_name = {d.name: d for d in dims}
     gone: dict[str, list[int]] = {d.name: [] for d in dims}
-    best, best_error = {}, 1 - target
-    for _, name, index in order:
-        if len(gone[name]) + 1 >= by_name[name].size:
-            continue
-        gone[name].append(index)
-        cuts = {n: without(by_name[n], which) for n, which in gone.items() if which}
-        lost = dropped_parameters(named, PrunePlan(cuts))
-        error = abs(block_parameters(named, gone=lost) / total - target)
-        if error < best_error:
-            best, best_error = cuts, error
-    return best
+    plans = [DENSE]
+    for name, index in order:
+        if len(gone[name]) + 1 < by_name[name].size:
+            gone[name].append(index)
+            plans.append(PrunePlan({n: without(by_name[n], i) for n, i in gone.items() if i}))
+    return plans
+
+
+def _fewer(dims: list[LayerDimension]) -> list[PrunePlan]:
+    """Plans from the dense one to the least, evenly spread."""
+    every = _dropping(dims, [(d.name, i) for d in dims for i in d.removable])
+    return [every[k] for k in np.linspace(0, len(every) - 1, KNOTS + 1).round().astype(int)]
 
 
 def _ignored(dim: LayerDimension, patterns: Iterable[str]) -> bool:

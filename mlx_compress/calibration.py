@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from .axes import Dimension, NamedAxes, named_axes
+from .budget import Budget
 from .calibrate import Statistics, calibrate
 from .caution import another_text, too_few
 from .choice import sequence_losses
@@ -41,7 +42,8 @@ class Calibration:
     """A dense model and samples for it.
 
     `trace(inputs)` gives its graph at their shapes, `read()` the samples, None where there are
-    none. `identity()` names the model by its contents. `kept` is the folder of statistics.
+    none. `identity()` names the model by its contents. `kept` is the folder of statistics. `budget`
+    measures what the options' target is about.
     """
 
     trace: Callable[[list[mx.array]], Graph]
@@ -52,6 +54,7 @@ class Calibration:
     progress: Progress = silent
     identity: Callable[[], list[str]] = list
     kept: Path | None = None
+    budget: Budget | None = None
     _collected: dict = field(default_factory=dict, repr=False)
     _named: dict = field(default_factory=dict, repr=False)
 

@@ -4,6 +4,7 @@ Exit codes: 0 ok, 2 usage or bad input, 3 a check or gate failed, 4 not enough m
 Nothing heavy is imported before a command runs, so `--help` answers at once.
 """
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Annotated
@@ -49,9 +50,10 @@ from .flags import (
     Statistics,
     Target,
     To,
+    Trials,
     Trust,
 )
-from .options import DROP_TYPES, EXPORTS, ExportOptions, Options, among
+from .options import BUDGETS, DROP_TYPES, EXPORTS, ExportOptions, Options, among
 
 DEFAULT, EXPORT = Options(), ExportOptions()
 DEFAULT_DIMS = ",".join(DEFAULT.dims)
@@ -77,6 +79,7 @@ def compress(
     round_to: RoundTo = DEFAULT.round_to,
     global_pruning: Global = DEFAULT.global_pruning,
     refit: Refit = DEFAULT.refit,
+    max_trials: Trials = DEFAULT.max_trials,
     plan: Plan = None,
     carrier: Carrier = None,
     max_drop: Annotated[
@@ -144,6 +147,7 @@ def prune(
     round_to: RoundTo = DEFAULT.round_to,
     global_pruning: Global = DEFAULT.global_pruning,
     refit: Refit = DEFAULT.refit,
+    max_trials: Trials = DEFAULT.max_trials,
     plan: Plan = None,
     save_plan: Annotated[
         Path | None, typer.Option("--save-plan", metavar="FILE", help="Write the plan as JSON.")
@@ -307,7 +311,7 @@ def _options(params: dict) -> Options:
         known["dims"] = tuple(part.strip() for part in known["dims"].split(",") if part.strip())
     known["ignored_layers"] = tuple(known.get("ignored_layers") or ())
     if params.get("target") is not None:
-        known["params"] = _target(params["target"])
+        known |= _target(params["target"])
     return Options(**known)
 
 
@@ -345,14 +349,14 @@ def _pairs(flag: str, texts: list[str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _target(text: str) -> float:
-    name, _, value = text.partition("=")
-    try:
-        if name == "params":
-            return float(value)
-    except ValueError:
-        pass
-    raise InputError(f"--target {text}: write it as params=0.75, the fraction to keep.")
+def _target(text: str) -> dict[str, float]:
+    name, mark, value = (part.strip() for part in text.partition("="))
+    if mark:
+        among("--target", (name,), tuple(BUDGETS))
+        with contextlib.suppress(ValueError):
+            return {name: float(value)}
+    examples = " or ".join(example for example, _ in BUDGETS.values())
+    raise InputError(f"--target {text}: write it as {examples}.")
 
 
 def _given(flag: str, value):

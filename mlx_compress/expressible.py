@@ -13,15 +13,16 @@ from functools import cache
 
 import mlx.core as mx
 
-from .allocate import Counts, Request, family, request
+from .allocate import Counts, Request, family, request, stand_in
 from .axes import Dimension, NamedAxes
+from .budget import Budget
 from .edit import edit_graph
 from .errors import InputError
 from .fields import Inexpressible, fit_config, nearest_expressible
 from .graph import SHAPE_ONLY, Graph, signature
 from .layers import kept_layers, renamed_paths
 from .options import Options
-from .plan import Cut, PrunePlan
+from .plan import PrunePlan
 from .prune import check_plan
 
 SAME = 1e-4  # how far constants may differ that are computed in another order
@@ -92,8 +93,9 @@ def _scalars(graph: Graph) -> list[float | None]:
 
 
 def snap(
-    model, named: NamedAxes, dims: list[Dimension], wanted: Request, options: Options
-) -> tuple[list[Dimension], Request]:
+    model, named: NamedAxes, dims: list[Dimension], wanted: Request, options: Options,
+    budget: Budget | None = None,
+) -> tuple[list[Dimension], Request]:  # fmt: skip
     """The dimensions that can be pruned, with counts that some stock config expresses.
 
     The families that the nearest config gets wrong are moved or left whole, until the rest fits.
@@ -117,8 +119,8 @@ def snap(
         dims = [d for d in dims if moved.get(family(d)) != d.size]
         if not dims:
             raise InputError(_refusal(model, options, asked, conflict))
-        if options.params is not None and len(_families(dims)) < len(families):
-            wanted, fine = request(named, dims, options), set()
+        if options.budget is not None and len(_families(dims)) < len(families):
+            wanted, fine = request(named, dims, options, budget), set()
         counts = {d.name: moved.get(family(d), wanted.counts[d.name]) for d in dims}
         wanted = Request(counts, _about(dims, wanted.notes))
     return dims, Request(wanted.counts, [*wanted.notes, *notes])
@@ -175,18 +177,6 @@ def _refusal(model, options: Options, families: Iterable[tuple], conflict: Inexp
         f"{names}: {conflict.reason}; choose other dimensions with --dims (now "
         f"{','.join(options.dims)})."
     )
-
-
-def stand_in(named: NamedAxes, counts: Counts) -> PrunePlan:
-    """A plan with the given counts that keeps the first units of each dimension."""
-    cuts = {}
-    for name, count in counts.items():
-        d = named.dimensions[name]
-        if count < d.size:
-            row = list(range(count))
-            keep = [row] * named.dimensions[d.within].size if d.within else row
-            cuts[name] = Cut(name, d.kind, d.size, keep, d.within, d.slots)
-    return PrunePlan(cuts)
 
 
 def _families(dims: Iterable[Dimension]) -> dict[tuple, list[Dimension]]:

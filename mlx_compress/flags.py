@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import DTYPES, EXPORTS, IMPORTANCES, KINDS, LAYER_KINDS
+from .options import BUDGETS, DTYPES, EXPORTS, IMPORTANCES, KINDS, LAYER_KINDS
 
 
 def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -59,8 +59,9 @@ Ratio = Annotated[
 Target = Annotated[
     str | None,
     typer.Option(
-        "--target", metavar="params=F",
-        help="Keep this fraction of the block parameters (all but embeddings and head).",
+        "--target", metavar="NAME=X",
+        help="What to keep: "
+        + "; ".join(f"{example}, {words}" for example, words in BUDGETS.values()) + ".",
     ),
 ]  # fmt: skip
 Importance = Annotated[
@@ -127,6 +128,13 @@ Carrier = Annotated[
         "--carrier", metavar="NAME", help="Write as another architecture that can hold the plan."
     ),
 ]
+Trials = Annotated[
+    int,
+    typer.Option(
+        "--max-trials", metavar="N",
+        help="Search how much to keep where, by held-out loss, with N trials after a first table.",
+    ),
+]  # fmt: skip
 Statistics = Annotated[
     Path | None,
     typer.Option(

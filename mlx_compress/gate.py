@@ -24,16 +24,19 @@ def drop(dense: float, compressed: float, drop_type: str) -> float:
     return (compressed - dense) / (dense if drop_type == "relative" else 1.0)
 
 
-def amount(options: Options) -> float:
-    """What was asked to remove: of the units, or of the block parameters."""
-    return options.pruning_ratio if options.params is None else 1 - options.params
+def amount(options: Options, whole: float = 1.0) -> float:
+    """The fraction that was asked to be removed: of the units, or of what a target is about.
+
+    `whole` is what the dense model spends of the target (`Budget.dense`).
+    """
+    return options.pruning_ratio if options.budget is None else 1 - options.budget[1] / whole
 
 
-def with_amount(options: Options, removed: float) -> Options:
+def with_amount(options: Options, removed: float, whole: float = 1.0) -> Options:
     """The same request for another amount."""
-    if options.params is None:
+    if options.budget is None:
         return replace(options, pruning_ratio=removed)
-    return replace(options, params=1 - removed)
+    return replace(options, **{options.budget[0]: (1 - removed) * whole})
 
 
 def most_that_passes(drop_at: Callable[[float], float], asked: float, limit: float) -> float | None:
@@ -54,14 +57,20 @@ def most_that_passes(drop_at: Callable[[float], float], asked: float, limit: flo
     return best
 
 
-def words(options: Options, removed: float | None) -> str:
+def words(options: Options, removed: float | None, whole: float = 1.0) -> str:
     """What to ask for instead, rounded to what passes too."""
     removed = math.floor(100 * (removed or 0) + 1e-9) / 100
     if not removed:
         return "no amount is known that would pass; leave dimensions out, or allow more"
-    if options.params is None:
+    if options.budget is None:
         return f"--pruning-ratio {removed:.2f} would pass"
-    return f"--target params={1 - removed:.2f} would pass"
+    return f"--target {options.budget[0]}={_rounded_up((1 - removed) * whole)} would pass"
+
+
+def _rounded_up(number: float) -> str:
+    """Three digits that stand for as much or more."""
+    digits = 2 - math.floor(math.log10(number))
+    return f"{math.ceil(number * 10**digits - 1e-6) / 10**digits:.10g}"
 
 
 def rejected(out: Path) -> Path:
@@ -81,28 +90,31 @@ def pass_gate(planned, dense: float, compressed: float, samples: Samples, out: P
         return
     aside = rejected(out)
     out.rename(aside)
-    passing = _what_passes(planned, dense, samples)
+    budget = planned.calibration.budget
+    whole = 1.0 if budget is None else budget.dense()
+    passing = _what_passes(planned, dense, samples, whole)
     raise GateFailed(
         f"the loss rises by {found:.3g} ({options.drop_type}), --max-drop {options.max_drop:g} is "
-        f"allowed; kept aside as {aside}; {words(options, passing)}."
+        f"allowed; kept aside as {aside}; {words(options, passing, whole)}."
     )
 
 
-def _what_passes(planned, dense: float, samples: Samples) -> float | None:
+def _what_passes(planned, dense: float, samples: Samples, whole: float) -> float | None:
     """The largest amount that passes, by the same criterion, from the statistics at hand."""
     calibration, dims = planned.calibration, planned.dims
     options, named = calibration.options, calibration.named
     name = planned.verdict.winner.name if planned.verdict else options.importance
-    asked = options.pruning_ratio is not None or options.params is not None
+    asked = options.pruning_ratio is not None or options.budget is not None
     given = not dims or not asked or name == "auto"
     if given or any(is_layer_cut(cut) for cut in planned.plan):
         return None
     scores = calibration.scores(dims, name)
 
     def drop_at(removed: float) -> float:
-        here = with_amount(options, removed)
-        plan = choose(named, dims, scores, request(named, dims, here), here)
+        here = with_amount(options, removed, whole)
+        wanted = request(named, dims, here, calibration.budget)
+        plan = choose(named, dims, scores, wanted, here)
         losses = calibration.lost(plan, dims, samples)
         return drop(dense, losses.mean(), options.drop_type)
 
-    return most_that_passes(drop_at, amount(options), options.max_drop)
+    return most_that_passes(drop_at, amount(options, whole), options.max_drop)

@@ -3,6 +3,7 @@
 Light on purpose: the command line reads this for its help and imports nothing else.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,6 +18,14 @@ KV_CACHES = ("grow", "buffer")
 DROP_TYPES = ("relative", "absolute")
 DTYPES = ("float32", "float16")
 SMALL = 8  # tokens
+# What --target can hold a model to: how it is written, and what is meant.
+BUDGETS = {
+    "params": ("params=0.75", "the fraction of block parameters to keep"),
+    "macs": ("macs=0.5", "the fraction of multiply-accumulates to keep"),
+    "disk_mb": ("disk_mb=12", "megabytes of weights as they are saved"),
+    "latency_ms": ("latency_ms=3.5", "milliseconds of a forward pass on this machine"),
+}
+FRACTIONS = ("params", "macs")  # of the dense model's
 IMPORTANCES = (
     "auto", "random", "magnitude", "activation", "wanda", "fluctuation", "fisher", "taylor",
     "combined", "osscar",
@@ -27,19 +36,26 @@ IMPORTANCES = (
 class Options:
     """How to prune and how to measure.
 
-    `pruning_ratio` is the fraction of units removed along each prunable dimension, `params` the
-    fraction of block parameters (all but embeddings and head) to keep; one of the two is given.
+    `pruning_ratio` is the fraction of units removed along each prunable dimension. The others say
+    what may be left: `params`, a fraction of the block parameters (all but embeddings and head);
+    `macs`, a fraction of the multiply-accumulates of a forward pass; `disk_mb`, megabytes (10^6) of
+    all weights as they are saved; `latency_ms`, milliseconds of a forward pass on this machine. A
+    pass reads `max_seq_length` tokens, or a batch of one. One of the five is given.
     `importance` auto tries every criterion and judges on held-out calibration text. With `refit`
     the weights that read what is removed are fitted anew (`refit.py`), where there is text.
     `dims` are the kinds of dimension to prune, `ignored_layers` glob patterns of dimension or
     parameter names to leave alone, `round_to` a step for the counts that are kept.
     `max_drop` is a gate on the loss in nats per token: a model that loses more is rejected.
     Calibration reads `calibration_samples` windows of `max_seq_length` tokens, evaluation
-    `eval_samples`; `batch_size` windows are computed at a time.
+    `eval_samples`; `batch_size` windows are computed at a time. With `max_trials`, how much is kept
+    where is searched, by held-out loss (`search.py`).
     """
 
     pruning_ratio: float | None = None
     params: float | None = None
+    macs: float | None = None
+    disk_mb: float | None = None
+    latency_ms: float | None = None
     importance: str = "auto"
     refit: bool = True
     dims: tuple[str, ...] = ("channels", "heads")
@@ -53,32 +69,50 @@ class Options:
     max_seq_length: int = 256
     batch_size: int = 4
     seed: int = 0
+    max_trials: int = 0
 
     def __post_init__(self):
         for name, least in (
-            ("round_to", 1), ("calibration_samples", 1), ("eval_samples", 2),
+            ("round_to", 1), ("max_trials", 0), ("calibration_samples", 1), ("eval_samples", 2),
             ("max_seq_length", 2), ("batch_size", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {getattr(self, name)}: must be at least {least}.")
-        for flag, value in (("--pruning-ratio", self.pruning_ratio), ("--target", self.params)):
-            if value is not None and not 0 < value < 1:
-                raise InputError(f"{flag} {value:g}: must lie between 0 and 1, both excluded.")
-        if self.pruning_ratio is not None and self.params is not None:
-            raise InputError("--pruning-ratio and --target: give one of the two, not both.")
+        self._check_amount()
         among("--drop-type", (self.drop_type,), DROP_TYPES)
         if self.max_drop is not None and not self.max_drop >= 0:
             raise InputError(f"--max-drop {self.max_drop:g}: must be 0 or more.")
         among("--importance", tuple(self.importance.split("+")), IMPORTANCES)
         among("--dims", self.dims, KINDS + LAYER_KINDS)
 
+    def _check_amount(self) -> None:
+        given = [("--pruning-ratio", " ", self.pruning_ratio, 1)]
+        for name in BUDGETS:
+            most = 1 if name in FRACTIONS else math.inf
+            given.append((f"--target {name}", "=", getattr(self, name), most))
+        given = [each for each in given if each[2] is not None]
+        for flag, sign, value, most in given:
+            if not 0 < value < most:
+                bounds = "lie between 0 and 1, both excluded" if most == 1 else "be more than 0"
+                raise InputError(f"{flag}{sign}{value:g}: must {bounds}.")
+        if len(given) > 1:
+            flags = " and ".join(flag for flag, *_ in given)
+            raise InputError(f"{flags}: give one of them, not both.")
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """What is to be left, by its name in `BUDGETS` and in its unit; None without a target."""
+        given = ((name, getattr(self, name)) for name in BUDGETS)
+        return next(((name, value) for name, value in given if value is not None), None)
+
     def require_amount(self) -> None:
         """Raise `InputError` unless it was said how much to remove."""
-        if self.pruning_ratio is None and self.params is None:
+        if self.pruning_ratio is None and self.budget is None:
+            targets = ", ".join(f"{example} ({words})" for example, words in BUDGETS.values())
             raise InputError(
                 "how much to remove? Give --pruning-ratio 0.25 (of the units of each dimension) "
-                "or --target params=0.75 (of the block parameters to keep)."
+                f"or --target, with one of {targets}."
             )
 
 

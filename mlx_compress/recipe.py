@@ -14,7 +14,6 @@ from mlx.utils import tree_flatten
 
 from .allocate import (
     Request,
-    block_parameters,
     prunable,
     prunable_layers,
     request,
@@ -23,6 +22,7 @@ from .axes import Dimension, NamedAxes, named_axes
 from .bridges.carriers import Carrier, advice, carrier_named, carriers, write_carrier
 from .bridges.measure import check_memory, evaluate_folders
 from .bridges.mlx_lm import LanguageModel, open_model
+from .budget import Budget, block_parameters
 from .calibration import Calibration
 from .checkpoint import (
     RECORD,
@@ -45,12 +45,12 @@ from .importance import needs
 from .layers import dropped_parameters, is_layer_cut, renamed_paths, settled, without
 from .options import KINDS, Options
 from .plan import PrunePlan, describe
+from .planning import choose_plan
 from .prune import Cutter, check_plan, pruned_fetch, pruner
 from .report import add_plan, record_of, write_report
 from .scoring import (
     PROOF_TOKENS,
     as_samples,
-    choose_plan,
     inspect,
     on_text,
     read_windows,
@@ -96,13 +96,17 @@ def make_plan(
     notes = list(model.notes)
     if named.unknown:
         notes.append(f"primitives without a rule, left alone: {', '.join(sorted(named.unknown))}")
-    layers = prunable_layers(named, options)
-    dims, wanted = units(model, named, options, carrier)
+    calibration = on_text(model, data, options, notes, kept=kept, progress=progress)
+    layers = prunable_layers(named, options, calibration.budget)
+    dims, wanted = units(model, named, options, carrier, calibration.budget)
     for d in layers if carrier is None else ():
         _planned(model, named, PrunePlan({d.name: without(d, d.removable[-1:])}), [], None)
     notes += wanted.notes
-    calibration = on_text(model, data, options, notes, kept=kept, progress=progress)
-    plan, verdict = choose_plan(calibration, named, dims, layers, wanted)
+    plan, verdict = choose_plan(
+        calibration, named, dims, layers, wanted,
+        together=carrier is None and not options.global_pruning,
+        holds=lambda plan: _holds(model, named, plan, carrier),
+    )  # fmt: skip
     planned = _planned(model, named, plan, notes, carrier)
     planned.verdict = verdict
     return _refitted(planned, calibration, dims)
@@ -119,15 +123,18 @@ def _refitted(planned: Planned, calibration: Calibration, dims: list[Dimension])
     return planned
 
 
-def units(model, named: NamedAxes, options: Options, carrier: str | None = None):
+def units(
+    model, named: NamedAxes, options: Options, carrier: str | None = None,
+    budget: Budget | None = None,
+):  # fmt: skip
     """The unit dimensions to prune and their counts, snapped to what a config expresses."""
     if not any(kind in KINDS for kind in options.dims):
         return [], Request({})
     dims = prunable(named, options)
-    wanted = request(named, dims, options)
+    wanted = request(named, dims, options, budget)
     if options.global_pruning or carrier is not None:
         return dims, wanted
-    return snap(model, named, dims, wanted, options)
+    return snap(model, named, dims, wanted, options, budget)
 
 
 def _planned(
@@ -149,6 +156,15 @@ def _planned(
             f"({'; '.join(describe(plan))}); {advice(carriers(model, named, plan))}, or ask for "
             "the same in every layer (no --global-pruning, --dims layers for whole blocks)."
         ) from error
+
+
+def _holds(model: LanguageModel, named: NamedAxes, plan: PrunePlan, carrier: str | None) -> bool:
+    """Whether a stock config can express a plan."""
+    try:
+        _planned(model, named, plan, [], carrier)
+    except InputError:
+        return False
+    return True
 
 
 def _kind(model: LanguageModel) -> str:

@@ -4,23 +4,20 @@
 `tokenizer`.
 """
 
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from .allocate import Request, choose, choose_layers
 from .axes import Dimension, NamedAxes, named_axes
+from .budget import language_budget
 from .calibration import Calibration
 from .checkpoint import parent_record
-from .choice import Verdict, judge
 from .data import Windows, load_windows
 from .importance import Scores, Sources, criterion, needs
 from .influence import LAYER_CRITERIA, LayerSources, calibrate_layers
-from .layers import LayerDimension, layer_dimensions, settled
+from .layers import LayerDimension, layer_dimensions
 from .options import Options
-from .plan import PrunePlan
 from .samples import Samples
 from .stream import Progress, silent
 from .tasks import NEXT_TOKEN
@@ -73,6 +70,7 @@ def on_text(
         read=None if data is None else read,
         options=options, notes=notes, progress=progress, kept=kept,
         identity=lambda: sorted(parent_record(model.path)["sha256"].values()),
+        budget=language_budget(model, options),
     )  # fmt: skip
 
 
@@ -82,35 +80,6 @@ def unit_scores(calibration: Calibration, named: NamedAxes, dims: list[Dimension
     if "data" not in needs(name):
         return criterion(name)(Sources(named, tuple(dims), calibration.fetch, seed=seed))
     return calibration.scores(dims, name)
-
-
-def choose_plan(
-    calibration: Calibration, named: NamedAxes, dims: list[Dimension],
-    layers: list[LayerDimension], wanted: Request,
-) -> tuple[PrunePlan, Verdict | None]:  # fmt: skip
-    """A plan by the options' criterion, and the verdict where that was chosen by evidence."""
-    options, verdict = calibration.options, None
-    plan = PrunePlan({}, {k: v for k, v in asdict(options).items() if v is not None})
-    if dims and options.importance == "auto":
-        verdict = best_plan(calibration, dims, wanted)
-        plan = PrunePlan(verdict.winner.plan.cuts, {**plan.recipe, "chosen": verdict.winner.name})
-    elif dims:
-        scores = unit_scores(calibration, named, dims)
-        plan = choose(named, dims, scores, wanted, options, plan.recipe)
-    if layers:
-        scores = layer_scores(calibration, named, layers)
-        cuts = plan.cuts | choose_layers(named, layers, scores, options)
-        plan = settled(named, PrunePlan(cuts, plan.recipe))
-    return plan, verdict
-
-
-def best_plan(calibration: Calibration, dims: list[Dimension], wanted: Request) -> Verdict:
-    """The plan of the criterion that loses least on held-out samples."""
-    verdict = judge(
-        calibration.sources(dims), dims, wanted, calibration.options,
-        lambda plan: calibration.lost(plan, dims), progress=calibration.progress,
-    )  # fmt: skip
-    return replace(verdict, unit=calibration.samples.task.unit)
 
 
 def layer_scores(

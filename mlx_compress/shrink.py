@@ -11,9 +11,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .allocate import Request, block_parameters, prunable, prunable_layers, request
+from .allocate import Request, prunable, prunable_layers, request
 from .archive import save_program
 from .axes import Dimension, NamedAxes, named_axes
+from .budget import block_parameters, program_budget
 from .calibration import Calibration
 from .checkpoint import new_folder, parent_record, write_record
 from .choice import Verdict
@@ -23,11 +24,11 @@ from .layers import dropped_parameters, is_layer_cut, settled
 from .options import KINDS, Options
 from .parity import TOLERANCE, error_of
 from .plan import PrunePlan
+from .planning import choose_plan
 from .program import Program, prune_program, with_weights
 from .prune import Cutter, check_plan, picks, pruner, spread_array
 from .report import record_of
 from .samples import read_samples
-from .scoring import choose_plan
 from .sequential import can_run
 from .sizes import sizes_of
 from .stream import Progress, silent
@@ -71,6 +72,7 @@ def on_samples(
         trace=trace, fetch=program.fetch, read=None if data is None else read,
         options=options, notes=notes, progress=progress, kept=None if folder is None else kept,
         identity=lambda: sorted(parent_record(folder)["sha256"].values()),
+        budget=program_budget(program, options),
     )  # fmt: skip
 
 
@@ -112,11 +114,11 @@ def _choose(named: NamedAxes, options: Options, calibration: Calibration):
             f"--importance {options.importance} reads samples: give --data, an .npz with labels or "
             f"sentence pairs in .jsonl, or choose from {names}."
         )
-    layers = prunable_layers(named, options)
+    layers = prunable_layers(named, options, calibration.budget)
     dims, wanted = [], Request({})
     if any(kind in KINDS for kind in options.dims):
         dims = prunable(named, options)
-        wanted = request(named, dims, options)
+        wanted = request(named, dims, options, calibration.budget)
     calibration.notes += wanted.notes
     return *choose_plan(calibration, named, dims, layers, wanted), dims
 

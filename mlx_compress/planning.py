@@ -1,0 +1,90 @@
+"""From a wish to a plan: which criterion, what counts, which units.
+
+By default every criterion is tried and judged on held-out samples, and counts are the same
+everywhere; with `max_trials` they are searched.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+from .allocate import Request, choose, choose_layers
+from .axes import Dimension, NamedAxes
+from .budget import DENSE, parameters
+from .calibration import Calibration
+from .choice import Verdict, judge
+from .errors import InputError
+from .layers import LayerDimension, settled
+from .plan import PrunePlan
+from .scoring import layer_scores, unit_scores
+from .sites import plan_of, search_plan, sites_of
+
+STUDIES = "studies.log"  # beside the statistics: the trials of searches
+
+
+def choose_plan(
+    calibration: Calibration, named: NamedAxes, dims: list[Dimension],
+    layers: list[LayerDimension], wanted: Request,
+    *, together: bool = False, holds: Callable[[PrunePlan], bool] = lambda plan: True,
+) -> tuple[PrunePlan, Verdict | None]:  # fmt: skip
+    """A plan by the options' criterion, and the verdict where that was chosen by evidence.
+
+    With `max_trials` the counts are searched: one for all layers if `together`, of plans that
+    `holds(plan)` says can be saved.
+    """
+    options, verdict = calibration.options, None
+    plan = PrunePlan({}, {k: v for k, v in asdict(options).items() if v is not None})
+    if dims and options.importance == "auto":
+        verdict = best_plan(calibration, dims, wanted)
+        plan = PrunePlan(verdict.winner.plan.cuts, {**plan.recipe, "chosen": verdict.winner.name})
+    elif dims:
+        scores = unit_scores(calibration, named, dims)
+        plan = choose(named, dims, scores, wanted, options, plan.recipe)
+    shallower = PrunePlan({})
+    if layers:
+        scores = layer_scores(calibration, named, layers)
+        shallower = PrunePlan(choose_layers(named, layers, scores, options, calibration.budget))
+    if options.max_trials:
+        plan = _searched(
+            calibration, named, dims, layers, [plan, shallower], verdict, together, holds
+        )
+    elif layers:
+        plan = settled(named, PrunePlan(plan.cuts | shallower.cuts, plan.recipe))
+    if calibration.budget is not None:
+        calibration.notes.append(calibration.budget.told(options, plan))
+    return plan, verdict
+
+
+def _searched(calibration, named, dims, layers, starts, verdict, together, holds) -> PrunePlan:
+    """The plan that a search finds, beginning with plans for units and for layers alone."""
+    options, narrower = calibration.options, starts[0]
+    if calibration.read is None:
+        raise InputError("--max-trials judges on held-out samples: give --data.")
+    scores = layer_scores(calibration, named, layers) if layers else {}
+    if dims and verdict:
+        scores = scores | calibration.scores(dims, verdict.winner.name)
+    elif dims:
+        scores = scores | unit_scores(calibration, named, dims)
+    sites = sites_of(dims, layers, scores, together=together, round_to=options.round_to)
+    least = plan_of(named, sites, {site.name: site.nearest(0) for site in sites})
+    budget = calibration.budget or parameters(named)
+    spent = budget.along([DENSE, narrower, least])
+    plan, found = search_plan(
+        calibration, named, dims, sites, spent,
+        options.budget[1] if options.budget else spent(narrower), options,
+        starts=[{c.name: c.kept for c in start} for start in starts if start.cuts],
+        holds=holds, storage=calibration.kept and str(calibration.kept / STUDIES),
+    )  # fmt: skip
+    calibration.notes.append(
+        f"search: {found['trials']} allocations tried; held-out loss {found['start']:.4f} to begin "
+        f"with, {found['best']:.4f} at the best, {found['dense']:.4f} dense"
+    )
+    return PrunePlan(plan.cuts, {**narrower.recipe, "search": found})
+
+
+def best_plan(calibration: Calibration, dims: list[Dimension], wanted: Request) -> Verdict:
+    """The plan of the criterion that loses least on held-out samples."""
+    verdict = judge(
+        calibration.sources(dims), dims, wanted, calibration.options,
+        lambda plan: calibration.lost(plan, dims), progress=calibration.progress,
+    )  # fmt: skip
+    return replace(verdict, unit=calibration.samples.task.unit)

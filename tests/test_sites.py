@@ -1,0 +1,110 @@
+"""Sites of a search, and the plan that a search of a tiny Llama ends with."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+
+from mlx_compress.allocate import prunable, prunable_layers
+from mlx_compress.bridges.mlx_lm import trace_logits
+from mlx_compress.budget import block_parameters
+from mlx_compress.data import Windows
+from mlx_compress.errors import InputError
+from mlx_compress.layers import dropped_parameters
+from mlx_compress.options import Options
+from mlx_compress.scoring import layer_scores, on_text, unit_scores
+from mlx_compress.sites import counts_of, plan_of, search_plan, sites_of
+
+OPTIONS = Options(params=0.7, importance="taylor", batch_size=1, max_trials=4,
+                  dims=("channels", "heads", "layers"))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    model = tiny.build(tiny.LLAMA)
+    held = tiny.parameters(model)
+    source = SimpleNamespace(
+        fetch=lambda paths: {path: held[path] for path in paths},
+        trace=lambda tokens, dtype=None: trace_logits(model, tokens, dtype=dtype),
+        path=None,
+    )
+    tokens = np.random.default_rng(0).integers(0, tiny.VOCABULARY, (4, 12)).astype(np.int32)
+    calibration = on_text(source, Windows(tokens, np.ones(4), None), OPTIONS, [])
+    calibration.identity = lambda: ["tiny"]
+    return calibration
+
+
+@pytest.fixture(scope="module")
+def parts(calibrated):
+    named = calibrated.named
+    dims, layers = prunable(named, OPTIONS), prunable_layers(named, OPTIONS)
+    scores = unit_scores(calibrated, named, dims) | layer_scores(calibrated, named, layers)
+    return named, dims, layers, scores
+
+
+def spent(named):
+    def share(plan):
+        gone = dropped_parameters(named, plan)
+        return block_parameters(named, plan.counts(), gone) / block_parameters(named)
+
+    return share
+
+
+def test_what_a_config_sets_by_one_number_is_one_site(parts):
+    named, dims, layers, scores = parts
+    together = sites_of(dims, layers, scores, together=True)
+    apart = sites_of(dims, layers, scores, together=False)
+    assert len(together) == 2 + len(layers) and len(apart) == len(dims) + len(layers)
+    channels = next(s for s in together if "channels" in s.name)
+    kept = {len(cut.keep) for cut in channels.cuts(channels.size - 3).values()}
+    assert kept == {channels.size - 3} and len(channels.cuts(1)) == len(dims) // 2
+
+
+def test_counts_keep_the_units_with_the_highest_scores(parts):
+    named, dims, layers, scores = parts
+    for site, dim in zip(sites_of(dims, [], scores, together=False), dims, strict=True):
+        keep = site.cuts(dim.size - 1)[dim.name].keep
+        assert set(range(dim.size)) - set(keep) == {int(np.argmin(scores[dim.name]))}
+
+
+def test_all_counts_whole_is_the_dense_model(parts):
+    named, dims, layers, scores = parts
+    sites = sites_of(dims, layers, scores, together=True)
+    assert not plan_of(named, sites, {s.name: s.size for s in sites}).cuts
+    assert counts_of(sites, {}) == {s.name: s.size for s in sites}
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_search_stays_within_the_budget_and_is_no_worse_than_its_start(
+    calibrated, parts, together
+):
+    named, dims, layers, scores = parts
+    sites = sites_of(dims, layers, scores, together=together)
+    start = {d.name: max(1, round(d.size * 0.6)) for d in dims}
+    plan, record = search_plan(
+        calibrated, named, dims, sites, spent(named), 0.7, OPTIONS, starts=[start]
+    )
+    assert spent(named)(plan) <= 0.7 + 1e-6
+    assert record["best"] <= record["start"]
+    assert record["best"] == pytest.approx(float(calibrated.lost(plan, dims).mean()))
+
+
+def test_a_budget_that_no_counts_meet_is_refused_with_what_is_reachable(calibrated, parts):
+    named, dims, layers, scores = parts
+    sites = sites_of(dims[:1], [], scores, together=False)
+    with pytest.raises(InputError, match=r"the least that can be reached is 0\.\d+, 0.010 was"):
+        search_plan(calibrated, named, dims[:1], sites, spent(named), 0.01, OPTIONS)
+
+
+def test_a_plan_that_cannot_be_held_is_never_chosen(calibrated, parts):
+    named, dims, layers, scores = parts
+    sites = sites_of(dims, layers, scores, together=True)
+
+    def whole_layers(plan):
+        return not any(cut.kind == "layers" for cut in plan)
+
+    plan, _ = search_plan(
+        calibrated, named, dims, sites, spent(named), 0.7, OPTIONS, holds=whole_layers
+    )
+    assert whole_layers(plan)
