@@ -24,6 +24,7 @@ from ..bridges.exports import copy_tokenizer
 from ..bridges.programs import imported_program
 from ..bridges.tokenizers import open_tokenizer
 from ..bridges.torch import from_hf
+from ..calibration import fit
 from ..errors import InputError, exit_on_error
 from ..evaluate_samples import score_samples
 from ..options import Options
@@ -102,6 +103,8 @@ def measure(program, folder: Path, data: Path, method: Method, kept: float, pair
         open_tokenizer=open_tokenizer,
     )  # fmt: skip
     planned = plan_program(program, options, calibration=calibration)
+    if method.refit:
+        fit(planned)
     seconds = time.perf_counter() - started
     test = read_samples(
         program, data, "evaluation", count=10_000, batch_size=50, length=128, folder=folder,

@@ -25,6 +25,7 @@ from rich.table import Table
 from ..archive import load_program, save_program
 from ..bridges.programs import imported_program
 from ..bridges.torch import from_torch
+from ..calibration import fit
 from ..cost import cost
 from ..edit import edit_graph
 from ..errors import InputError, exit_on_error
@@ -106,6 +107,8 @@ def measure(
         program, data, options, [], folder=folder, kept=folder / "statistics"
     )
     planned = plan_program(program, options, calibration=calibration)
+    if method.refit:
+        fit(planned)
     seconds = time.perf_counter() - started
     test = read_samples(program, data, "evaluation", count=1000, batch_size=100)
     closed = None

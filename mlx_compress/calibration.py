@@ -219,3 +219,14 @@ class Calibration:
         }
         best = min(judged, key=judged.get)
         return cuts[best], {"method": best, "held_out": judged}
+
+
+def fit(planned) -> None:
+    """Fit the kept weights of a plan anew, where there are samples to do it with. Only once.
+
+    `planned` has a plan, the `dims` it cuts and the `calibration` it stands on; its `cut` and
+    `refit` are set.
+    """
+    calibration = planned.calibration
+    if planned.cut is None and planned.dims and calibration and calibration.read is not None:
+        planned.cut, planned.refit = calibration.fitted(planned.plan, planned.dims)

@@ -23,7 +23,7 @@ from .bridges.carriers import Carrier, advice, carrier_named, carriers, write_ca
 from .bridges.measure import check_memory, evaluate_folders
 from .bridges.mlx_lm import LanguageModel, open_model
 from .budget import Budget, block_parameters
-from .calibration import Calibration
+from .calibration import Calibration, fit
 from .checkpoint import (
     RECORD,
     check_free,
@@ -109,17 +109,13 @@ def make_plan(
     )  # fmt: skip
     planned = _planned(model, named, plan, notes, carrier)
     planned.verdict = verdict
-    return _refitted(planned, calibration, dims)
+    return _stands_on(planned, calibration, dims)
 
 
-def _refitted(planned: Planned, calibration: Calibration, dims: list[Dimension]) -> Planned:
-    """Fit the kept weights anew, where there are samples to do it with."""
+def _stands_on(planned: Planned, calibration: Calibration, dims: list[Dimension]) -> Planned:
     planned.calibration, planned.dims = calibration, dims
-    if dims and calibration.options.refit:
-        if calibration.read is None:
-            planned.notes.append("no --data: the kept weights are not refitted")
-        else:
-            planned.cut, planned.refit = calibration.fitted(planned.plan, dims)
+    if dims and calibration.options.refit and calibration.read is None:
+        planned.notes.append("no --data: the kept weights are not refitted")
     return planned
 
 
@@ -179,12 +175,13 @@ def save_pruned(
     finish: Callable[[Path], dict] | None = None,
     progress: Progress = silent,
 ) -> dict:
-    """Write and prove the pruned checkpoint; returns what `compression.json` records.
+    """Refit, write and prove the pruned checkpoint; returns what `compression.json` records.
 
     `finish(folder)` may measure the proven folder and returns metrics to record; when it raises,
     nothing is left at `out`.
     """
     named = inspect(model)
+    fit(planned)
     dtypes = _dtypes(model)
     needs = pruned_bytes(named, planned.plan, dtypes)
     with new_folder(out, needs_bytes=needs) as folder:
@@ -253,7 +250,7 @@ def apply_plan(
         model, data, options or Options(), planned.notes, kept=kept, progress=progress
     )
     dims = [named.dimensions[cut.name] for cut in planned.plan if not is_layer_cut(cut)]
-    return _refitted(planned, calibration, dims)
+    return _stands_on(planned, calibration, dims)
 
 
 def compress(

@@ -15,7 +15,7 @@ from .allocate import Request, prunable, prunable_layers, request
 from .archive import save_program
 from .axes import Dimension, NamedAxes, named_axes
 from .budget import block_parameters, program_budget
-from .calibration import Calibration
+from .calibration import Calibration, fit
 from .checkpoint import new_folder, parent_record, write_record
 from .choice import Verdict
 from .errors import GateFailed, InputError
@@ -80,7 +80,7 @@ def plan_program(
     program: Program, options: Options, plan: PrunePlan | None = None,
     calibration: Calibration | None = None,
 ) -> ProgramPlan:  # fmt: skip
-    """Decide what to keep, or take a plan that was made; refit where there are samples.
+    """Decide what to keep, or take a plan that was made. It is refitted when it is saved.
 
     Raises `InputError` for a criterion that reads data where there is none, and for a plan of
     another model.
@@ -97,11 +97,8 @@ def plan_program(
     gone = dropped_parameters(named, plan)
     kept = block_parameters(named, plan.counts(), gone) / block_parameters(named)
     planned = ProgramPlan(plan, kept, notes, verdict=verdict, calibration=calibration, dims=dims)
-    if dims and options.refit:
-        if calibration.read is None:
-            notes.append("no --data: the kept weights are not refitted")
-        else:
-            planned.cut, planned.refit = calibration.fitted(plan, dims)
+    if dims and options.refit and calibration.read is None:
+        notes.append("no --data: the kept weights are not refitted")
     return planned
 
 
@@ -132,13 +129,14 @@ def save_pruned_program(
     beside: Callable[[Path], None] = lambda folder: None,
     finish: Callable[[Program, Path], dict] | None = None,
 ) -> Program:
-    """Prune, prove that it equals zeroing, and save as a program folder, all or nothing.
+    """Refit, prune, prove that it equals zeroing, and save as a program folder, all or nothing.
 
     `parent` is the folder of the dense program, for the record, and `beside(folder)` adds files.
     `finish(pruned, folder)` may measure the proven folder and returns metrics to record. Raises
     `GateFailed` if the pruned program computes something else.
     """
     named = named_axes(program.at())
+    fit(planned)
     pruned = prune_program(program, planned.plan, planned.cut)
     verified = {"error_against_zeroing": _prove(program, named, planned, pruned)}
     with new_folder(out) as folder:
