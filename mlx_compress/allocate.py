@@ -79,10 +79,10 @@ def request(
         for d in dims:
             _note(wanted, d, _kept(d, ratio, options.round_to), ratio)
         return wanted
-    if any(kind in LAYER_KINDS for kind in options.dims):
+    if not options.max_trials and any(kind in LAYER_KINDS for kind in options.dims):
         raise InputError(
             f"--target {options.budget[0]} with --dims {','.join(options.dims)}: units or whole "
-            "layers can make up a target, not both; name one of them, or give --pruning-ratio."
+            "layers can make up a target; name one of them, or have both searched by --max-trials."
         )
     return _for_target(named, dims, options, _budget(named, options, budget))
 

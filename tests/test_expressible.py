@@ -9,8 +9,9 @@ from mlx_compress.bridges.mlx_lm import LanguageModel, trace_logits
 
 import tiny
 import zoo
-from mlx_compress.allocate import block_parameters, prunable, request
+from mlx_compress.allocate import prunable, request
 from mlx_compress.axes import named_axes
+from mlx_compress.budget import block_parameters
 from mlx_compress.edit import edit_graph
 from mlx_compress.errors import InputError
 from mlx_compress.execute import run

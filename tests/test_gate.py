@@ -30,10 +30,21 @@ def test_when_nothing_passes_it_says_so():
 
 
 def test_what_to_ask_for_is_said_in_the_words_that_were_used():
-    assert gate.words(Options(params=0.5), 0.2) == "--target params=0.80 would pass"
+    assert gate.words(Options(params=0.5), 0.2) == "--target params=0.8 would pass"
+    assert gate.words(Options(disk_mb=12), 0.2, 22.123) == "--target disk_mb=17.7 would pass"
     assert gate.words(Options(pruning_ratio=0.5), 0.2) == "--pruning-ratio 0.20 would pass"
-    for options in (Options(params=0.5), Options(pruning_ratio=0.5)):
+    for options in (Options(params=0.5), Options(macs=0.5), Options(pruning_ratio=0.5)):
         assert gate.amount(gate.with_amount(options, 0.3)) == pytest.approx(0.3)
+
+
+@given(st.sampled_from(["disk_mb", "latency_ms"]), st.floats(1e-3, 1e5), st.floats(0.01, 0.99))
+def test_amounts_are_fractions_of_what_the_dense_model_spends(name, whole, removed):
+    options = gate.with_amount(Options(**{name: whole / 2}), removed, whole)
+    assert options.budget[0] == name
+    assert gate.amount(options, whole) == pytest.approx(removed)
+    asked = float(gate.words(options, removed, whole).split("=")[1].split()[0])
+    least = whole * (1 - removed)  # what is said is rounded to the side that passes
+    assert asked >= least * (1 - 1e-6) and asked <= whole * (1.0101 - int(100 * removed) / 100)
 
 
 def test_a_drop_is_in_nats_or_a_fraction_of_the_dense_loss():
@@ -66,16 +77,22 @@ def compress(tmp_path, monkeypatch):
 
     def run(**changes):
         model = recipe.open_model(tmp_path / "model")
-        options = Options(pruning_ratio=0.8, dims=("channels",), batch_size=2,
-                          importance="magnitude", **changes)  # fmt: skip
+        amount = {} if "disk_mb" in changes else {"pruning_ratio": 0.8}
+        options = Options(**amount, dims=("channels",), batch_size=2, importance="magnitude",
+                          **changes)  # fmt: skip
         return recipe.compress(model, options, windows, tmp_path / "out")
 
     return run
 
 
-def test_a_model_that_loses_too_much_is_kept_aside_with_what_would_pass(compress, tmp_path):
-    with pytest.raises(GateFailed, match=r"loss rises by .*--pruning-ratio 0\.\d+ would") as failed:
-        compress(max_drop=1e-3)
+@pytest.mark.parametrize(
+    "target, flag", [({}, "--pruning-ratio 0."), ({"disk_mb": 0.016}, "--target disk_mb=0.01")]
+)
+def test_a_model_that_loses_too_much_is_kept_aside_with_what_would_pass(
+    compress, tmp_path, target, flag
+):
+    with pytest.raises(GateFailed, match=rf"loss rises by .*{flag}\d* would pass") as failed:
+        compress(max_drop=1e-3, **target)
     assert failed.value.exit_code == 3 and not (tmp_path / "out").exists()
     report = json.loads((tmp_path / "out.rejected" / "report.json").read_text())
     assert report["compressed"]["nats_per_token"] > report["dense"]["nats_per_token"]
