@@ -1,10 +1,11 @@
-"""What each criterion loses: perplexity of a model with 10 to 50 % of its blocks removed.
+"""What each method loses: perplexity of a model with 20 to 50 % of its blocks removed, untrained.
 
     python -P -m mlx_compress.benchmarks.criteria --model M --data D
 
-All criteria score by the same statistics, collected once; plans at all fractions come from the same
-scores, and all pruned models are measured on the same windows as the dense one: cut plainly, and
-with the kept weights refitted in closed form. Nothing is trained.
+The default table compares `compress` with published methods (`baselines.py`), `--criteria` the
+criteria among themselves, cut plainly and with the kept weights refitted in closed form. All read
+the same calibration windows, remove as many parameters, and are measured on the same windows as
+the dense model.
 
 Finished rows are kept in the JSON file, so an interrupted run goes on where it stopped.
 """
@@ -12,7 +13,9 @@ Finished rows are kept in the JSON file, so an interrupted run goes on where it 
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -21,22 +24,26 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..allocate import block_parameters, choose, prunable, request
-from ..axes import Dimension, NamedAxes
+from ..allocate import prunable, request
+from ..axes import Dimension, NamedAxes, named_axes
 from ..bridges.mlx_lm import LanguageModel, open_model
+from ..budget import block_parameters
+from ..calibrate import calibrate
 from ..data import Windows
 from ..errors import InputError, exit_on_error
-from ..evaluate import compare_scores, perplexity, score_tokens
-from ..expressible import fitted_config, snap
+from ..evaluate import bootstrap_interval, compare_scores, perplexity, score_tokens
+from ..expressible import snap
 from ..importance import CRITERIA, Sources
+from ..layers import dropped_parameters
 from ..options import Options
-from ..plan import PrunePlan
-from ..prune import Cutter, pruned_fetch, pruner
-from ..refit import refit
 from ..report import machine, write_report
-from ..scoring import Text, inspect, read_windows
+from ..samples import Samples
+from ..scoring import as_samples, inspect, on_text, read_windows
+from .baselines import FITTED, METHODS, WITHOUT_REFIT, Aim, Bench, Pruned, float32, method
 
 EVAL_BATCH = 8
+OFF = 0.005  # by how much the fraction removed may miss what was asked for, unsaid
+OURS, RIVAL = "auto", "OSSCAR"
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,8 @@ class Settings:
 
     model: str
     data: str
-    removed: tuple[float, ...] = (0.1, 0.2, 0.35, 0.5)
-    criteria: tuple[str, ...] = tuple(CRITERIA)
+    removed: tuple[float, ...] = (0.2, 0.35, 0.5)
+    methods: tuple[str, ...] = tuple(METHODS)
     random_seeds: int = 3
     dims: tuple[str, ...] = Options.dims
     calibration_samples: int = 128
@@ -64,50 +71,36 @@ class Settings:
             **changes,
         )
 
-
-@dataclass
-class Aim:
-    """One fraction to remove: the counts to keep, as stock configs can express them."""
-
-    options: Options
-    dims: list[Dimension]
-    wanted: object
+    def runs(self) -> list[tuple[str, int, float]]:
+        """Every row: the method, the seed, and the fraction to remove."""
+        return [
+            (name, seed, removed)
+            for name in self.methods
+            for seed in range(self.random_seeds if name.removesuffix(FITTED) == "random" else 1)
+            for removed in self.removed
+        ]
 
 
 def measure(model: LanguageModel, data: str, settings: Settings, out: Path, say=print) -> dict:
     """Fill in the rows that `out` does not hold yet, writing it after each; returns its content."""
     result = _begin(settings, out)
-    done = {(r["criterion"], r["seed"], r["asked"], r["refit"]) for r in result["rows"]}
-    every = [(removed, fitted) for removed in settings.removed for fitted in (False, True)]
-    runs = [
-        (criterion, seed, [case for case in every if (criterion, seed, *case) not in done])
-        for criterion in settings.criteria
-        for seed in range(settings.random_seeds if criterion == "random" else 1)
-    ]
-    runs = [run for run in runs if run[-1]]
-    if not runs:
+    done = {(r["method"], r["seed"], r["asked"]) for r in result["rows"]}
+    todo = [run for run in settings.runs() if run not in done]
+    if not todo:
         return result
     windows = read_windows(model, data, "evaluation", settings.options(), [])
     named = inspect(model)
-    aims = {removed: _aim(model, named, removed, settings) for removed in settings.removed}
-    dense = score_tokens(_float32(model.module()), windows.tokens, EVAL_BATCH)
+    aims = {removed: aim_at(model, named, removed, settings) for removed in settings.removed}
+    dense = score_tokens(float32(model.module()), windows.tokens, EVAL_BATCH)
     result["dense"] = asdict(perplexity(dense[0], windows.target_bytes))
-    options = replace(next(iter(aims.values())).options, importance="taylor")
-    sources = _collected(Text(model, data, options, []), list(aims.values()), result)
-    for criterion, seed, todo in runs:
-        started = time.perf_counter()
-        scores = CRITERIA[criterion](replace(sources, seed=seed))
-        seconds = time.perf_counter() - started
-        for removed, fitted in todo:
-            row = {"criterion": criterion, "seed": seed, "asked": removed, "refit": fitted,
-                   "seconds": seconds}  # fmt: skip
-            plan = choose(named, aims[removed].dims, scores, aims[removed].wanted,
-                          aims[removed].options)  # fmt: skip
-            cut = refit(sources.named, plan, sources.statistics) if fitted else None
-            row |= _measured(model, named, plan, cut, aims[removed], windows, dense)
-            result["rows"].append(row)
-            write_report(result, out)
-            say(f"{_label(row)} {removed:g}: {row['nats_per_token']:.3f} nats/token")
+    bench, result["statistics"] = prepared(model, named, data, settings, list(aims.values()))
+    for name, seed, removed in todo:
+        pruned, cost = _timed(partial(method(name), bench, aims[removed], seed))
+        row = {"method": name, "seed": seed, "asked": removed, **cost}
+        row |= _measured(named, pruned, aims[removed].dims, windows, dense)
+        result["rows"].append(row)
+        write_report(result, out)
+        say(f"{name} {removed:g}: {row['nats_per_token']:.3f} nats/token, {row['seconds']:.1f} s")
     return result
 
 
@@ -122,69 +115,77 @@ def _begin(settings: Settings, out: Path) -> dict:
     return held
 
 
-def _aim(model, named: NamedAxes, removed: float, settings: Settings) -> Aim:
+def aim_at(model, named: NamedAxes, removed: float, settings: Settings) -> Aim:
+    """The counts that remove this fraction of the block parameters, where a config can say them."""
     options = settings.options(params=1 - removed)
     dims = prunable(named, options)
     dims, wanted = snap(model, named, dims, request(named, dims, options), options)
     return Aim(options, dims, wanted)
 
 
-def _collected(text: Text, aims: list[Aim], result: dict) -> Sources:
-    """All that any criterion reads, of every dimension that any aim prunes, and what it cost."""
+def prepared(
+    model: LanguageModel, named: NamedAxes, data: str | Path | Windows, settings: Settings,
+    aims: list[Aim],
+) -> tuple[Bench, dict]:  # fmt: skip
+    """All that any method reads, of every dimension that any aim prunes, and what it cost."""
+    windows = read_windows(model, data, "calibration", settings.options(), [])
+    samples = as_samples(windows, settings.batch_size)
+    calibration = on_text(model, windows, aims[0].options, [])
     dims = list({d.name: d for aim in aims for d in aim.dims}.values())
     mx.clear_cache()
     mx.reset_peak_memory()
-    started = time.perf_counter()
-    sources = text.sources(dims)
-    seconds = time.perf_counter() - started
-    result["statistics"] = {"seconds": seconds, "peak_bytes": mx.get_peak_memory()}
-    return sources
+    sources, cost = _timed(partial(_sources, model, samples, dims))
+    cost["peak_bytes"] = mx.get_peak_memory()
+    for aim in aims if OURS in settings.methods else ():
+        calibration.statistics(aim.dims)  # so that no row's seconds count it
+    return Bench(model, named, calibration, sources, samples.batches), cost
 
 
-def _label(row: dict) -> str:
-    return row["criterion"] + (" + refit" if row["refit"] else "")
+def _timed(work: Callable) -> tuple[object, dict[str, float]]:
+    """What `work()` gives, and its seconds by the clock and of all cores together."""
+    started = time.perf_counter(), time.process_time()
+    found = work()
+    seconds = time.perf_counter() - started[0], time.process_time() - started[1]
+    return found, dict(zip(("seconds", "cpu_seconds"), seconds, strict=True))
 
 
-def _measured(model, named, plan, cut, aim: Aim, windows: Windows, dense) -> dict:
-    counts = {cut.name: cut.kept for cut in plan}
-    losses = score_tokens(pruned_module(model, named, plan, cut), windows.tokens, EVAL_BATCH)
-    paired = compare_scores(dense, losses, windows.target_bytes)
+def _sources(model, samples: Samples, dims: list[Dimension]) -> Sources:
+    named = named_axes(model.trace(samples.batches[0][0], dtype=mx.float32))
+    statistics = calibrate(
+        named, samples.batches, model.fetch, dims=[d.name for d in dims],
+        loss=lambda b, outputs: samples.loss(b, outputs).sum(), second={},
+    )  # fmt: skip
+    return Sources(named, tuple(dims), model.fetch, statistics)
+
+
+def _measured(named, pruned: Pruned, dims: list[Dimension], windows: Windows, dense) -> dict:
+    plan, counts = pruned.plan, pruned.plan.counts()
+    losses = score_tokens(pruned.module, windows.tokens, EVAL_BATCH)
+    kept = block_parameters(named, counts, dropped_parameters(named, plan))
     return {
-        "removed": 1 - block_parameters(named, counts) / block_parameters(named),
+        "removed": 1 - kept / block_parameters(named),
         **asdict(perplexity(losses[0], windows.target_bytes)),
-        "paired": paired,
-        "kept": {d.name: counts.get(d.name, d.size) for d in aim.dims},
+        "paired": compare_scores(dense, losses, windows.target_bytes),
+        "by_window": [round(float(loss), 5) for loss in losses[0].mean(axis=1, dtype=np.float64)],
+        "kept": {d.name: d.size for d in dims} | counts,
+        **pruned.about,
     }
 
 
-def pruned_module(
-    model: LanguageModel, named: NamedAxes, plan: PrunePlan, cut: Cutter | None = None
-):
-    """The stock model that a plan leaves, in float32, in memory."""
-    module = model.build(fitted_config(model, named, plan))
-    pruned = pruned_fetch(model.fetch, cut or pruner(named, plan))(named.graph.parameters)
-    return _float32(module.load_weights(list(pruned.items())))
-
-
-def _float32(module):
-    module.set_dtype(mx.float32)  # the CPU has no fast half precision
-    mx.eval(module.parameters())
-    return module
+# ---- tables
 
 
 def summary(result: dict) -> tuple[list[str], list[list[str]]]:
     """Head and body of the table. Seeds of `random` are averaged, ends of intervals too."""
-    order = {name: k for k, name in enumerate(CRITERIA)}
-    rows = sorted(result["rows"], key=lambda r: (r["refit"], order[r["criterion"]]))
-    aims = sorted({r["asked"] for r in rows})
-    removed = [f"{100 * next(r['removed'] for r in rows if r['asked'] == a):.1f} %" for a in aims]
-    head = ["criterion", *removed, "scoring, s"]
+    order = {name: k for k, name in enumerate(result["settings"]["methods"])}
+    rows = sorted(result["rows"], key=lambda r: order[r["method"]])
+    aims = sorted(result["settings"]["removed"])
+    head = ["method", *(f"{100 * aim:g} % removed" for aim in aims), "CPU, s"]
     body = []
-    for label, group in groupby(rows, key=_label):
+    for name, group in groupby(rows, key=lambda r: r["method"]):
         group = list(group)
         cells = [_cell([r for r in group if r["asked"] == aim]) for aim in aims]
-        seconds = np.mean([r["seconds"] for r in group])
-        body.append([label, *cells, f"{seconds:.1f}"])
+        body.append([name, *cells, f"{np.mean([r['cpu_seconds'] for r in group]):.1f}"])
     return head, body
 
 
@@ -194,22 +195,60 @@ def _cell(rows: list[dict]) -> str:
         return ""
     paired = [r["paired"]["nats_per_token"] for r in rows]
     mean = {key: np.mean([p[key] for p in paired]) for key in paired[0]}
-    nats = np.mean([r["nats_per_token"] for r in rows])
     worse = "{estimate:+.3f} ({low:.3f} to {high:.3f})".format(**mean)
-    return f"{np.exp(min(nats, 700)):,.1f}\n{worse}"
+    removed = np.mean([r["removed"] for r in rows])
+    off = f" at {100 * removed:.1f} %" if abs(removed - rows[0]["asked"]) > OFF else ""
+    return f"{np.exp(min(_nats(rows), 700)):,.1f}{off}\n{worse}"
+
+
+def _nats(rows: list[dict]) -> float:
+    return float(np.mean([r["nats_per_token"] for r in rows]))
+
+
+def ratios(result: dict) -> tuple[list[str], list[list[str]]]:
+    """How `auto` compares: with the best that refits nothing, and with OSSCAR, window by window."""
+    aims = sorted(result["settings"]["removed"])
+    found = {}
+    for row in result["rows"]:
+        found.setdefault((row["asked"], row["method"]), []).append(row)
+    there = [aim for aim in aims if {(aim, OURS), (aim, RIVAL)} <= found.keys()]
+    dense = result["dense"]["nats_per_token"]
+    best = {
+        aim: min((n for n in WITHOUT_REFIT if (aim, n) in found), default=RIVAL,
+                 key=lambda name, aim=aim: _nats(found[aim, name]))
+        for aim in there
+    }  # fmt: skip
+    head = ["auto against", *(f"{100 * aim:g} % removed" for aim in there)]
+    plain = [_against(found[aim, OURS], found[aim, best[aim]], dense) for aim in there]
+    rival = [_against(found[aim, OURS], found[aim, RIVAL], dense) for aim in there]
+    names = ", ".join(dict.fromkeys(best.values()))
+    return head, [[f"the best without refit ({names})", *plain], [RIVAL, *rival]]
+
+
+def _against(ours: list[dict], theirs: list[dict], dense: float) -> str:
+    """Ratio of perplexities, of the nats that were lost, and the paired difference in nats."""
+    one, two = _nats(ours), _nats(theirs)
+    losses = [np.mean([r["by_window"] for r in rows], axis=0) for rows in (ours, theirs)]
+    each = bootstrap_interval(losses[0] - losses[1], np.ones(len(losses[0])))
+    nats = "{estimate:+.3f} ({low:.3f} to {high:.3f})".format(**each)
+    return f"x {np.exp(one - two):.3f}; lost x {(one - dense) / (two - dense):.2f}\n{nats}"
 
 
 def markdown(result: dict) -> str:
-    """The table for the README."""
-    head, body = summary(result)
+    """The tables for the README."""
+    parts = [_lines(*summary(result)), _caption(result)]
+    head, body = ratios(result)
+    return "\n\n".join([*parts, _lines(head, body)] if len(head) > 1 else parts)
+
+
+def _lines(head: list[str], body: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     lines += ["| " + " | ".join(cell.replace("\n", "<br>") for cell in row) + " |" for row in body]
-    return "\n".join([*lines, "", _caption(result)])
+    return "\n".join(lines)
 
 
-def _table(result: dict) -> Table:
-    head, body = summary(result)
-    table = Table(caption=_caption(result), caption_justify="left")
+def _table(head: list[str], body: list[list[str]], caption: str | None = None) -> Table:
+    table = Table(caption=caption, caption_justify="left")
     for k, title in enumerate(head):
         table.add_column(title, justify="right" if k else "left")
     for row in body:
@@ -219,30 +258,37 @@ def _table(result: dict) -> Table:
 
 def _caption(result: dict) -> str:
     s, dense, cost = result["settings"], result["dense"], result["statistics"]
+    ours = [f"{100 * r['asked']:g} % {r['criterion']}, {r['refit'].get('method')}"
+            for r in result["rows"] if r["method"] == OURS]  # fmt: skip
     return (
         f"{s['model']}, {'+'.join(s['dims'])}, by the block parameters removed: perplexity, and "
         f"nats/token above the dense model's {dense['nats_per_token']:.3f} (perplexity "
         f"{dense['perplexity']:.2f}) with the 95 % bootstrap interval. Calibration "
         f"{s['calibration_samples']}, evaluation {s['eval_samples']} windows of "
-        f"{s['max_seq_length']} tokens; random: mean of {s['random_seeds']} seeds. Statistics "
-        f"for all criteria and refits: {cost['seconds']:.0f} s, {cost['peak_bytes'] / 1e6:.0f} MB "
-        f"at the peak, on {result['chip']} ({result['device']}, {result['machine']})."
-    )
+        f"{s['max_seq_length']} tokens; random: mean of {s['random_seeds']} seeds. CPU seconds of "
+        f"a plan and its refit, without the statistics that all share: {cost['cpu_seconds']:.0f}, "
+        f"{cost['peak_bytes'] / 1e6:.0f} MB at the peak, on {result['chip']} "
+        f"({result['device']}, {result['machine']})."
+    ) + (f" Chosen by auto: {'; '.join(ours)}." if ours else "")
+
+
+# ---- command line
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a model folder")
     parser.add_argument("--data", required=True, help="a folder with train and test, or valid")
-    parser.add_argument("--out", type=Path, help="JSON [benchmarks/results/criteria-MODEL.json]")
+    parser.add_argument("--out", type=Path, help="JSON [benchmarks/results/methods-MODEL.json]")
     parser.add_argument("--dims", default=",".join(Settings.dims))
-    parser.add_argument("--criteria", default=",".join(Settings.criteria))
+    parser.add_argument("--methods", default=",".join(Settings.methods))
+    parser.add_argument("--criteria", help="compare these instead, plain and refitted; or: all")
     parser.add_argument("--removed", default=",".join(map(str, Settings.removed)))
     parser.add_argument("--random-seeds", type=int, default=Settings.random_seeds)
     parser.add_argument("--samples", type=int, default=Settings.calibration_samples)
     parser.add_argument("--eval-samples", type=int, default=Settings.eval_samples)
     parser.add_argument("--max-seq-length", type=int, default=Settings.max_seq_length)
-    parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as markdown")
     args = parser.parse_args(argv)
     with exit_on_error():
         _run(args)
@@ -254,17 +300,34 @@ def _run(args) -> None:
         model=model.path.resolve().name,
         data=Path(args.data).resolve().name,
         removed=tuple(map(float, args.removed.split(","))),
-        criteria=tuple(args.criteria.split(",")),
+        methods=_methods(args),
         random_seeds=args.random_seeds,
         dims=tuple(args.dims.split(",")),
         calibration_samples=args.samples,
         eval_samples=args.eval_samples,
         max_seq_length=args.max_seq_length,
     )
-    out = args.out or Path(__file__).parent / "results" / f"criteria-{settings.model}.json"
+    kind = "criteria" if args.criteria else "methods"
+    out = args.out or Path(__file__).parent / "results" / f"{kind}-{settings.model}.json"
     console = Console()
     result = measure(model, args.data, settings, out, say=console.print)
-    print(markdown(result)) if args.markdown else console.print(_table(result))
+    if args.markdown:
+        print(markdown(result))
+        return
+    console.print(_table(*summary(result), _caption(result)))
+    if len(ratios(result)[0]) > 1:
+        console.print(_table(*ratios(result)))
+
+
+def _methods(args) -> tuple[str, ...]:
+    """Names for `baselines.method`. Raises `InputError` for one that is neither kind."""
+    names = (args.criteria or args.methods).split(",")
+    if args.criteria:
+        names = list(CRITERIA) if args.criteria == "all" else names
+        names = [name + fitted for fitted in ("", FITTED) for name in names]
+    for name in names:
+        method(name)
+    return tuple(names)
 
 
 if __name__ == "__main__":

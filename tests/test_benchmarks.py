@@ -165,33 +165,59 @@ def run_criteria(folder, data, out, *extra):
     ])  # fmt: skip
 
 
-def test_criteria_prints_a_row_for_each_criterion(folder, text_folder, capsys):
-    out = text_folder / "result.json"
-    run_criteria(folder, text_folder, out, "--markdown")
-    printed = capsys.readouterr().out
-    for name in criteria.CRITERIA:
-        assert f"\n| {name} | " in printed and f"\n| {name} + refit | " in printed
+def assert_rows(out, count):
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 2 * 2 * (len(criteria.CRITERIA) + 1)
+    assert len(rows) == count
     for row in rows:
         low, high = (row["paired"]["nats_per_token"][end] for end in ("low", "high"))
         assert low <= row["paired"]["nats_per_token"]["estimate"] <= high
-        assert 0 < row["removed"] < 1 and row["seconds"] > 0
+        assert 0.4 < row["removed"] < 0.6 and row["seconds"] > 0
+        assert np.mean(row["by_window"]) == pytest.approx(row["nats_per_token"], abs=1e-4)
+    return rows
+
+
+def test_methods_are_compared_row_by_row_and_auto_with_the_others(folder, text_folder, capsys):
+    out = text_folder / "result.json"
+    run_criteria(folder, text_folder, out, "--markdown", "--samples", "8", "--removed", "0.5")
+    printed = capsys.readouterr().out
+    for name in criteria.METHODS:
+        assert f"\n| {name} | " in printed
+    rows = {row["method"]: row for row in assert_rows(out, len(criteria.METHODS) + 1)}
+    assert "\n| the best without refit (" in printed and "Chosen by auto: 50 % " in printed
+    ratio = rows["auto"]["perplexity"] / rows["OSSCAR"]["perplexity"]
+    assert f"x {ratio:.3f}; lost x " in printed.split("\n| OSSCAR | ")[-1]
+    for name in set(rows) - {"layers", "FLAP"}:
+        assert rows[name]["removed"] == rows["magnitude"]["removed"]
+
+
+def test_criteria_are_compared_plain_and_refitted(folder, text_folder, capsys):
+    out = text_folder / "result.json"
+    run_criteria(folder, text_folder, out, "--markdown", "--criteria", "all", "--removed", "0.5")
+    printed = capsys.readouterr().out
+    for name in criteria.CRITERIA:
+        assert f"\n| {name} | " in printed and f"\n| {name} + refit | " in printed
+    assert_rows(out, 2 * (len(criteria.CRITERIA) + 1))
 
 
 def test_criteria_goes_on_where_it_stopped(folder, text_folder, capsys):
-    out = text_folder / "result.json"
-    run_criteria(folder, text_folder, out, "--criteria", "random,wanda")
+    out, chosen = text_folder / "result.json", ("--criteria", "random,magnitude+taylor")
+    run_criteria(folder, text_folder, out, *chosen)
     result = json.loads(out.read_text())
     finished = result["rows"][:-1]
     out.write_text(json.dumps(result | {"rows": finished}))
-    run_criteria(folder, text_folder, out, "--criteria", "random,wanda")
+    run_criteria(folder, text_folder, out, *chosen)
     again = json.loads(out.read_text())["rows"]
     assert again[:-1] == finished and len(again) == len(result["rows"])
     assert again[-1]["nats_per_token"] == result["rows"][-1]["nats_per_token"]
     with pytest.raises(SystemExit):
         run_criteria(folder, text_folder, out, "--criteria", "random")
     assert "made with other settings" in capsys.readouterr().err
+
+
+def test_a_method_of_no_name_is_refused_in_one_line(folder, text_folder, capsys):
+    with pytest.raises(SystemExit):
+        run_criteria(folder, text_folder, text_folder / "result.json", "--methods", "FLOP")
+    assert "there is no FLOP; choose from" in capsys.readouterr().err
 
 
 def test_lean_prints_its_table(tmp_path, capsys):
