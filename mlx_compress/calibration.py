@@ -5,7 +5,7 @@ statistics come from the others, and what was decided by them is judged on these
 kept on disk between runs where a folder is given for them (`store.py`).
 """
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +43,7 @@ class Calibration:
 
     `trace(inputs)` gives its graph at their shapes, `read()` the samples, None where there are
     none. `identity()` names the model by its contents. `kept` is the folder of statistics. `budget`
-    measures what the options' target is about.
+    measures what the options' target is about. `bytes_per_token` is known once text was read.
     """
 
     trace: Callable[[list[mx.array]], Graph]
@@ -55,6 +55,7 @@ class Calibration:
     identity: Callable[[], list[str]] = list
     kept: Path | None = None
     budget: Budget | None = None
+    bytes_per_token: float | None = None
     _collected: dict = field(default_factory=dict, repr=False)
     _named: dict = field(default_factory=dict, repr=False)
 
@@ -108,10 +109,13 @@ class Calibration:
         judged = self.held_out if len(self._all.batches) > 1 else self.samples
         return float(self.losses(plan, pruner(self.named, plan), judged).mean())
 
-    def unlike(self, evaluation: float) -> list[str]:
-        """A note where text to evaluate on has another loss than that which was calibrated on."""
-        note = another_text(self.dense_loss, evaluation) if self._named else None
-        return [note] if note else []
+    def unlike(self, evaluation: Mapping) -> list[str]:
+        """Notes on text that is evaluated on, given the dense model's losses there (`caution`)."""
+        if not self._named:  # nothing was calibrated
+            return []
+        nats, size = self.dense_loss, self.bytes_per_token
+        mine = {"nats_per_token": nats, "nats_per_byte": nats / size if size else None}
+        return another_text(mine, evaluation)
 
     def loss(self, b: int, outputs: list[mx.array]) -> mx.array:
         return self.samples.loss(b, outputs).sum()
@@ -147,7 +151,7 @@ class Calibration:
         """Say what became of the store."""
         if store.complete:
             size = sum(file.stat().st_size for file in store.folder.iterdir())
-            self.notes.append(f"statistics {how} {self.kept}: {size / 1e6:,.1f} MB")
+            self.notes.append(f"statistics {how} {self.kept}: {size / 1e6:,.3g} MB")
         self.notes += [note for note in store.notes if note not in self.notes]
 
     def _store(self, dims: tuple[str, ...]) -> Store | None:

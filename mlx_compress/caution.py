@@ -1,6 +1,7 @@
 """What is worth saying of calibration data: that it is little, or not like what is judged on."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -11,7 +12,8 @@ from .dims import size_of
 from .plan import PrunePlan
 
 ROWS = 10  # of activations for each input that a weight is fitted to
-NATS, SHARE = 0.5, 0.2
+NATS, SHARE = 0.5, 0.2  # what losses may differ by, per token or of the loss
+LETTERS = 4.0  # bits a byte of most languages, letter by letter
 
 
 def too_few(named: NamedAxes, plan: PrunePlan, statistics: Statistics, unit: str) -> str | None:
@@ -36,12 +38,39 @@ def _inputs(place: Contraction) -> int:
     return size_of(place.axis) * (math.prod(place.window.kernel) if place.window else 1)
 
 
-def another_text(calibration: float, evaluation: float) -> str | None:
-    """A note where the dense model's losses, in nats per token, are far apart."""
-    if abs(calibration - evaluation) <= min(NATS, SHARE * evaluation):
-        return None
-    found = [f"{math.exp(min(nats, 700)):,.3g}" for nats in (calibration, evaluation)]
-    return (
-        f"to the dense model calibration text has perplexity {found[0]}, evaluation text "
-        f"{found[1]}: calibrate on text like what the model will read"
-    )
+def another_text(calibration: Mapping, evaluation: Mapping) -> list[str]:
+    """Notes on texts that differ, or that the model does not know, by what the dense model loses.
+
+    Both hold "nats_per_token" and "nats_per_byte", the latter None where it is not known: tokens
+    of a foreign text may be as likely as others, but then they are short.
+    """
+    notes = []
+    bits = (evaluation["nats_per_byte"] or 0) / math.log(2)
+    if bits > LETTERS:
+        notes.append(
+            f"the dense model needs {bits:.1f} bits a byte for evaluation text, where counts of "
+            "letters would do with 4: is it of the model's language?"
+        )
+    if _far(calibration, evaluation, "nats_per_token", NATS) or _far(
+        calibration, evaluation, "nats_per_byte", math.inf
+    ):
+        notes.append(
+            f"to the dense model calibration text has perplexity {_figures(calibration)}, "
+            f"evaluation text {_figures(evaluation)}: calibrate on text like what the model will "
+            "read"
+        )
+    return notes
+
+
+def _far(calibration: Mapping, evaluation: Mapping, name: str, most: float) -> bool:
+    found, wanted = calibration[name], evaluation[name]
+    if found is None or wanted is None:
+        return False
+    return abs(found - wanted) > min(most, SHARE * wanted)
+
+
+def _figures(loss: Mapping) -> str:
+    perplexity = f"{math.exp(min(loss['nats_per_token'], 700)):,.3g}"
+    if loss["nats_per_byte"] is None:
+        return perplexity
+    return f"{perplexity} ({loss['nats_per_byte']:.2f} nats/byte)"

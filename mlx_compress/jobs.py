@@ -53,11 +53,11 @@ def compress(
     road = _road(model)
     source = road.open_model(model, trust_remote_code=trust)
     saved = recipe.read_plan(plan) if plan else None
-    heard: list[str] = []
+    heard = 0
 
     def on_plan(planned) -> None:
-        tell_plan(planned)
-        heard.extend(planned.notes)
+        nonlocal heard
+        heard = tell_plan(planned)
 
     with progress_bars() as progress:
         report = road.compress(
@@ -65,7 +65,7 @@ def compress(
             on_plan=on_plan, progress=progress,
         )  # fmt: skip
     tell_report(report)
-    tell_notes([note for note in report["notes"] if note not in heard])
+    tell_notes(report["notes"][heard:])
     tell_saved(mlx_path)
 
 
@@ -85,10 +85,11 @@ def prune(
             planned = road.apply_plan(source, saved, options, data, **more)
         else:
             planned = road.make_plan(source, options, data, **more)
-        _show_plan(planned, save_plan, as_json)
+        heard = _show_plan(planned, save_plan, as_json)
         if mlx_path is not None:
             road.save_pruned(source, planned, mlx_path, progress=progress)
     if mlx_path is not None:
+        tell_notes(planned.notes[heard:])
         tell_saved(mlx_path)
 
 
@@ -97,15 +98,16 @@ def _road(model: str):
     return program_recipe if program_recipe.is_saved(model) else recipe
 
 
-def _show_plan(planned, save_plan: Path | None, as_json: bool) -> None:
+def _show_plan(planned, save_plan: Path | None, as_json: bool) -> int:
     if as_json:
         print(json.dumps(planned.plan.to_json(), indent=1))
     else:
         out.print(plan_table(planned.plan))
-    tell_plan(planned)
+    heard = tell_plan(planned)
     if save_plan:
         planned.plan.save(save_plan)
         err.print(f"Plan written to {save_plan}.", soft_wrap=True)
+    return heard
 
 
 def evaluate(
@@ -185,13 +187,14 @@ def _flat(text: str) -> str:
     return " ".join(text.split()).replace("[", "\\[")
 
 
-def tell_plan(planned) -> None:
-    """Why this plan, what is worth knowing about it, and what is left."""
+def tell_plan(planned) -> int:
+    """Why this plan, what is worth knowing about it, and what is left; how many notes it has."""
     if planned.verdict is not None:
         err.print(verdict_table(planned.verdict))
     tell_notes(planned.notes)
     share = f"{100 * planned.kept_parameters:.1f} %"
     err.print(f"Keeps {share} of the block parameters.", highlight=False)
+    return len(planned.notes)
 
 
 def tell_notes(notes: list[str]) -> None:

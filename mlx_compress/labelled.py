@@ -52,6 +52,12 @@ def read_labelled(path: Path, half: int | None, program: Program, choose: Choose
     return Found(inputs, labels[rows], CLASSIFICATION, notice)
 
 
+def has_labels(path: Path) -> bool:
+    """Whether a .npz has an array of labels. Raises `InputError` for a damaged one."""
+    with _opened(path) as file:
+        return LABELS in file.files
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
     with ExitStack() as stack:

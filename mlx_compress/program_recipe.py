@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from . import shrink
 from .archive import is_program, load_program
 from .bridges.exports import copy_tokenizer
@@ -20,12 +22,15 @@ from .evaluate import EvaluateConfig
 from .evaluate_samples import evaluate_programs
 from .gate import pass_gate, rejected
 from .options import Options
+from .parity import Case
 from .plan import PrunePlan
 from .program import Program
 from .report import add_plan, write_report
-from .samples import Samples, read_samples
+from .samples import Samples, holds_samples, read_samples
 from .shrink import ProgramPlan
 from .stream import Progress, silent
+
+CASE = 8  # samples
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,19 @@ def evaluate_models(
         EvaluateConfig(seed=options.seed), progress=progress,
         folders={name: model.path for name, model in models.items()},
     )  # fmt: skip
+
+
+def real_case(path: Path, program: Program, data: str | Path | None) -> Case | None:
+    """A few evaluation samples to compare an export on; None where `data` holds no samples.
+
+    `path` is the folder of the program.
+    """
+    if data is None or not holds_samples(data, program):
+        return None
+    options = Options(eval_samples=CASE, batch_size=CASE)
+    samples = read_evaluation(SavedProgram(path, program), data, options, [])
+    feeds = dict(zip(program.inputs, map(np.array, samples.batches[0]), strict=True))
+    return Case(samples.path.name, feeds)
 
 
 def _calibration(model: SavedProgram, options: Options, data, kept, progress) -> Calibration:

@@ -289,7 +289,7 @@ def compress(
     def finish(folder: Path) -> dict:
         pruned = open_model(folder)
         report.update(evaluate_folders(model, pruned, windows, options, progress=progress))
-        planned.notes += planned.calibration.unlike(report["dense"]["nats_per_token"])
+        planned.notes += planned.calibration.unlike(report["dense"])
         add_plan(report, planned, time.perf_counter() - started)
         write_report(report, folder / "report.json")
         return {k: report[k] for k in ("dense", "compressed", "paired")}

@@ -16,8 +16,8 @@ import numpy as np
 
 from .data import locate
 from .errors import InputError
-from .labelled import read_labelled
-from .pairs import read_pairs
+from .labelled import has_labels, read_labelled
+from .pairs import MASK, read_pairs
 from .program import Program
 from .sizes import sizes_of
 from .tasks import Task
@@ -134,6 +134,15 @@ def read_samples(
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return samples
+
+
+def holds_samples(data: str | Path, program: Program) -> bool:
+    """Whether `data` is labelled arrays or sentence pairs for this program, and no bare arrays."""
+    try:
+        path, _, _ = locate(Path(data), "evaluation", SUFFIXES)
+    except InputError:
+        return False
+    return has_labels(path) if path.suffix == ".npz" else MASK in program.inputs
 
 
 def _choose(there: int, *, count: int, seed: int | None) -> np.ndarray:

@@ -62,9 +62,10 @@ def on_text(
 
     def read() -> Samples:
         windows = read_windows(model, data, "calibration", options, notes)
+        calibration.bytes_per_token = float(windows.target_bytes.sum() / windows.tokens[:, 1:].size)
         return as_samples(windows, options.batch_size)
 
-    return Calibration(
+    calibration = Calibration(
         trace=lambda inputs: model.trace(inputs[0], dtype=mx.float32),
         fetch=model.fetch,
         read=None if data is None else read,
@@ -72,6 +73,7 @@ def on_text(
         identity=lambda: sorted(parent_record(model.path)["sha256"].values()),
         budget=language_budget(model, options),
     )  # fmt: skip
+    return calibration
 
 
 def unit_scores(calibration: Calibration, named: NamedAxes, dims: list[Dimension]) -> Scores:

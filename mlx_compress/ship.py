@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from . import program_recipe
 from .archive import is_program, save_program
 from .bridges.cases import parity_cases
 from .bridges.exports import Export, copy_tokenizer, export, target_named
@@ -39,7 +40,11 @@ def export_model(
     program = replace(program, metadata=about)
     has_tokenizer = any((source / name).is_file() for name in TOKENIZERS)
     tokenizer = load_tokenizer(source, trust_remote_code=trust) if has_tokenizer else None
-    cases = parity_cases(program, tokenizer, data, sizes=options.example, seed=options.seed)
+    samples = program_recipe.real_case(source, program, data)
+    cases = parity_cases(
+        program, tokenizer, None if samples else data, sizes=options.example, seed=options.seed
+    )
+    cases += [samples] if samples else []
     done = []
     for target, place in places.items():
         with err.status(f"exporting to {target}"):
@@ -92,7 +97,8 @@ def import_model(source: str, mlx_path: Path, *, trust: bool) -> None:
         save_program(program, folder, {"source": path.name, "parity": [vars(p) for p in found]})
         copy_tokenizer(path)(folder)
     out.print(parity_table(found))
-    err.print(f"Saved to {mlx_path}. See what can be pruned: compress inspect --model {mlx_path}")
+    see = f"compress inspect --model {mlx_path}"
+    err.print(f"Saved to {mlx_path}. See what can be pruned: {see}", soft_wrap=True)
 
 
 def tell_export(done: Export) -> None:
