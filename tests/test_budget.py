@@ -43,7 +43,7 @@ HEADS, GROUPS, WIDE = (LLAMA[f"{k}"] for k in ("num_attention_heads", "num_key_v
                                                "head_dim"))  # fmt: skip
 CHOSEN = {"importance": "magnitude", "refit": False, "max_seq_length": LENGTH}
 SIDE = 6
-quick = settings(max_examples=8, deadline=None, derandomize=True)
+quick = settings(max_examples=5, deadline=None, derandomize=True)
 
 
 class Net(nn.Module):
@@ -307,7 +307,7 @@ def measured(name):
     }[name]()
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(st.floats(0, 1), st.floats(0, 1), st.sampled_from(sorted(BUDGETS)))
 def test_a_larger_ratio_never_spends_more(one, two, name):
     named, budget = measured(name)
@@ -414,7 +414,7 @@ def test_block_parameters_are_all_but_embeddings_and_head(name, outside):
     assert block_parameters(named) == sum(inside)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.data())
 @pytest.mark.parametrize("name", ["llama", "mixtral", "phi3"])
 def test_block_parameters_after_pruning_are_those_that_are_left(name, data):
