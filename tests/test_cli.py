@@ -13,6 +13,7 @@ from commands import refused
 from mlx_compress import recipe
 from mlx_compress.options import IMPORTANCES
 from mlx_compress.plan import PrunePlan
+from mlx_compress.store import default_folder
 
 EXAMPLE = Path(recipe.__file__).parent / "assets"
 BOOKS, MODEL = EXAMPLE / "books", EXAMPLE / "books5m"
@@ -191,10 +192,16 @@ def test_the_whole_job_reports_dense_beside_compressed(call, tmp_path):
     assert report["compressed"]["sample"]["continuation"]
     for words in ("Perplexity", "Decode, tokens/s", "Same top token", "dense:", "compressed:"):
         assert words in text
+    assert f"statistics made and kept in {default_folder()}" in err
+    assert "tokens for 704 inputs of model.layers" in err  # of 4 windows of 64
     record = json.loads((out / "compression.json").read_text())
     assert record["verified"]["logit_error"] < 2e-2
     assert record["metrics"]["paired"]["nats_per_token"]["low"] > 0
     assert len(record["parent"]["sha256"]["model.safetensors"]) == 64
+
+
+def test_the_tests_leave_the_cache_of_the_user_alone(tmp_path_factory):
+    assert default_folder().is_relative_to(tmp_path_factory.getbasetemp())
 
 
 def test_help_needs_no_heavy_package():

@@ -2,6 +2,7 @@ import errno
 import io
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mlx_compress.errors import InputError, ResourceError
-from mlx_compress.report import comparison_table, machine, write_report
+from mlx_compress.plan import PrunePlan
+from mlx_compress.report import add_plan, comparison_table, machine, record_of, write_report
 
 
 def section(scale=1.0):
@@ -85,6 +87,68 @@ def test_a_report_of_one_model_has_one_column():
     text = shown(report)
     assert row(text, "Perplexity") == ["Perplexity", "45.83"]
     assert "change" not in text and "Same top token" not in text
+
+
+def judged(scale=1.0):
+    return {
+        "loss": 0.4439 * scale,
+        "score": 0.9297 / scale,
+        "parameters": int(271_098 / scale),
+        "parameter_bytes": int(1_084_392 / scale),
+        "disk_bytes": None,
+        "macs_per_sample": int(40_551_050 / scale),
+        "ms_per_sample": 20.72 / scale,
+    }
+
+
+def programs(unit="nats", measure="top-1"):
+    return {
+        **machine(),
+        "task": {"measure": measure, "higher_is_better": True, "loss": unit},
+        "data": {"path": "/a/data/test.npz", "samples": 128, "samples_per_batch": 50},
+        "dense": judged(),
+        "compressed": judged(1.25),
+        "paired": {"loss": around(0.111), "score": around(-0.186), "speedup": around(1.25)},
+    }
+
+
+def test_a_report_of_programs_is_in_the_units_of_their_task():
+    text = shown(programs())
+    assert row(text, "Loss, nats")[2:5] == ["0.4439", "0.5549", "+0.111"]
+    assert row(text, "top-1")[1:4] == ["0.9297", "0.7438", "-0.186"]
+    assert row(text, "ms/sample")[2:6] == ["20.72", "16.58", "x", "1.250"]
+    assert "token" not in text and "128 samples of data/test.npz" in text
+    text = shown(programs("squared error", "Spearman"))
+    assert "Loss, squared error" in text and row(text, "Spearman")[1] == "0.9297"
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def planned(**changes):
+    plan = PrunePlan({}, {"seed": 0})
+    return SimpleNamespace(**{
+        "plan": plan, "kept_parameters": 0.7, "notes": ["a note"], "refit": {}, "cut": None,
+        "verdict": None, **changes,
+    })  # fmt: skip
+
+
+def test_a_report_says_what_was_decided_and_keeps_the_notes_that_follow():
+    report, made = programs(), planned()
+    add_plan(report, made, 12.5)
+    assert report["kept_block_parameters"] == 0.7 and report["recipe"] == {"seed": 0}
+    assert report["seconds"] == 12.5 and "criteria" not in report
+    made.notes.append("another")
+    assert report["notes"] == ["a note", "another"]
+
+
+def test_a_record_says_how_weights_were_fitted_where_they_were():
+    parent, verified = {"name": "net"}, {"logit_error": 0.0}
+    plain = record_of(planned(), parent, verified)
+    assert plain["parent"] == parent and plain["verified"] == verified and "refit" not in plain
+    cut = SimpleNamespace(chosen={"a": 0.01}, left={"b": "it is shared"})
+    fitted = record_of(planned(refit={"method": "closed form"}, cut=cut), parent, verified)
+    assert fitted["refit"] == {
+        "method": "closed form", "lambda": {"a": 0.01}, "left_as_it_is": {"b": "it is shared"},
+    }  # fmt: skip
 
 
 def test_what_was_not_measured_is_left_out():
