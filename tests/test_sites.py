@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny
-
-from mlx_compress.allocate import prunable, prunable_layers
 from mlx_compress.bridges.mlx_lm import trace_logits
+
+import tiny
+from mlx_compress.allocate import prunable, prunable_layers
 from mlx_compress.budget import block_parameters
 from mlx_compress.data import Windows
 from mlx_compress.errors import InputError
