@@ -284,5 +284,5 @@ def _check_finite(named: NamedAxes, statistics: Statistics, places, fetch: Fetch
         where = places[key].weight[0] if places[key].weight else f"value {key[0]}"
         raise InputError(
             f"{where}: NaN or infinity arises there during calibration, although all weights are "
-            "finite; use --importance magnitude."
+            "finite; use --importance magnitude --no-refit."
         )
