@@ -215,8 +215,9 @@ class Calibration:
         if not can_run(self.named, plan) or len(self._all.batches) < 2:
             return closed, {"method": "closed form"}
         sequential = refit_in_sequence(
-            self.named, plan, self.batches, self.fetch, start=closed, progress=self.progress
-        )
+            self.named, plan, self.batches, self.fetch, held_out=self.held_out.batches,
+            start=closed, progress=self.progress,
+        )  # fmt: skip
         cuts = {"closed form": closed, "sequential": sequential}
         judged = {
             name: float(self.losses(plan, cut, self.held_out).mean()) for name, cut in cuts.items()

@@ -26,7 +26,7 @@ from .axes import NamedAxes
 from .calibrate import Statistics
 from .contractions import Contraction, contractions
 from .plan import PrunePlan
-from .prune import Pick, picks, prune_array
+from .prune import Cutter, Pick, picks, prune_array
 from .second import as_matrices
 
 LAMBDAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # times the mean of H's diagonal
@@ -61,6 +61,25 @@ class Refit:
             return prune_array(array, cuts)
         fitted, self.chosen[path] = _refitted(array, place, own[0], halves, self.lambdas)
         return prune_array(fitted, [pick for pick in cuts if pick is not own[0]])
+
+
+@dataclass
+class Fitted:
+    """Cuts parameters as `start` does, but for those that were found on the pruned model's inputs.
+
+    A `prune.Cutter`. `fitted` holds what was found, as it is after pruning, `chosen` the lambda of
+    each weight, `left` why others that read what is removed were not fitted.
+    """
+
+    start: Cutter
+    fitted: dict[str, mx.array] = field(default_factory=dict)
+    chosen: dict[str, float] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, path: str, array: mx.array) -> mx.array:
+        if path in self.fitted:
+            return self.fitted[path].astype(array.dtype)
+        return self.start(path, array)
 
 
 def refit(

@@ -1,119 +1,198 @@
-"""How far the output of a contraction is off, read where it can still be put right.
+"""Where the error of a contraction's output is read: as late as it can still be put right.
 
 What a contraction gives is often only added to something else: y = x W, then perhaps a scale and a
-shift for each channel (batch norm), then y + r, with r the residual stream. If r is off as well, W
-can make up for that too. So the error of y is read at the end of such a chain: at s = a y + b + r,
-as the difference of s between the dense and the pruned model, over a.
+shift for each channel (batch norm), then s = a y + b + r, with r the residual stream. If r is off
+as well, W can make up for that too. So such a chain is followed to its end, and the error is the
+difference of s between the dense and the pruned model: a change D of W changes s by a x D.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from .contractions import Contraction
-from .execute import apply_node
+from .execute import execute
 from .graph import SHAPE_ONLY, Graph, Node, dynamic_values
 
-RESHAPES = frozenset(("ExpandDims", "Flatten", "Reshape", "Squeeze", "Unflatten"))
+SAME = frozenset(("AsType", "ExpandDims", "Flatten", "Reshape", "Squeeze", "Unflatten"))
+MOVES = SHAPE_ONLY | {"AsType"}
 SUMS = frozenset(("Add", "Subtract"))
 SCALES = frozenset(("Multiply", "Divide"))
 
 
 @dataclass(frozen=True)
-class Target:
-    """The contraction, the nodes from its output to `end`, and where a bias can go.
+class Step:
+    """A node of a chain. `scale` is the id of what it multiplies or divides by, one entry for each
+    output or for all, which does not depend on the model's inputs."""
 
-    `bias` is a parameter [outputs] that is added on the way and read by nothing else, None where
-    there is none; after the first `bias_at` nodes of the chain it has been added.
+    sign: int = 1
+    scale: int | None = None
+    divides: bool = False
+
+
+@dataclass(frozen=True)
+class Bias:
+    """A parameter [outputs] that nothing else reads, added `gain` times after `at` steps."""
+
+    path: str
+    at: int
+    gain: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """A contraction, the steps from its output to the value `end`, and a bias on the way, if any.
+
+    `gain` times the product is the output; it has `width` entries for each row.
     """
 
     place: Contraction
-    chain: tuple[Node, ...]
+    width: int
     end: int
-    bias: str | None = None
-    bias_at: int = 0
-
-    def error(self, graph: Graph, values: Mapping[int, mx.array], difference: mx.array):
-        """The error of the contraction's output, in its shape, from that at `end`.
-
-        `values` holds what the scales of the chain are computed to.
-        """
-        slope = self.slope(graph, values, len(self.chain))
-        error = mx.where(slope == 0, 0, difference / mx.where(slope == 0, 1, slope))
-        return error.reshape(graph.values[self.place.output].shape)
-
-    def slope(self, graph: Graph, values: Mapping[int, mx.array], count: int) -> mx.array:
-        """d(value after `count` nodes of the chain) / d(output), entry by entry."""
-        here, slope = self.place.output, mx.ones(graph.values[self.place.output].shape)
-        for node in self.chain[:count]:
-            if node.op in SCALES:
-                other = values[node.inputs[1 - node.inputs.index(here)]]
-                slope = slope * other if node.op == "Multiply" else slope / other
-            elif node.op == "Subtract" and node.inputs[1] == here:
-                slope = -slope
-            elif node.op in RESHAPES:
-                slope = apply_node(graph, node, [slope])[0]
-            here = node.outputs[0]
-        return slope
-
-    @property
-    def bias_is_taken_off(self) -> bool:
-        before = (self.place.output, *(node.outputs[0] for node in self.chain))
-        node = self.chain[self.bias_at - 1] if self.bias_at else None
-        return bool(node) and node.op == "Subtract" and node.inputs[0] == before[self.bias_at - 1]
+    steps: tuple[Step, ...]
+    gain: float
+    bias: Bias | None
 
     @property
     def scales(self) -> list[int]:
-        """The ids of the values that the chain multiplies or divides by."""
-        here, found = self.place.output, []
-        for node in self.chain:
-            if node.op in SCALES:
-                found.append(node.inputs[1 - node.inputs.index(here)])
+        return [step.scale for step in self.steps if step.scale is not None]
+
+    def slope(self, scales: Mapping[int, np.ndarray]) -> np.ndarray:
+        """d end / d product, float64 [outputs], where `scales` are computed to float64 [n]."""
+        return self.gain * self._slope(scales, 0)
+
+    def bias_slope(self, scales: Mapping[int, np.ndarray]) -> np.ndarray:
+        """d end / d bias, likewise."""
+        return self.bias.gain * self._slope(scales, self.bias.at)
+
+    def _slope(self, scales, start: int) -> np.ndarray:
+        slope = np.ones(self.width)
+        for step in self.steps[start:]:
+            by = 1.0 if step.scale is None else scales[step.scale]
+            slope = step.sign * (slope / by if step.divides else slope * by)
+        return slope
+
+
+class Targets:
+    """The targets of a graph's contractions, and the graph as they are found in it.
+
+    `dynamic` are the values that depend on the inputs; `maker` and `readers` give nodes by value,
+    `paths` the parameters.
+    """
+
+    def __init__(self, graph: Graph):
+        self.graph, self.dynamic = graph, dynamic_values(graph)
+        self.maker = {out: node for node in graph.nodes for out in node.outputs}
+        self.paths: dict[int, list[str]] = {}
+        for path, value in graph.parameters.items():
+            self.paths.setdefault(value, []).append(path)
+        self.readers: dict[int, list[Node]] = {}
+        for node in graph.nodes:
+            for value in node.inputs:
+                self.readers.setdefault(value, []).append(node)
+
+    def of(self, place: Contraction) -> Target:
+        """Follow the output as long as it is only shifted, scaled by channel, and added to."""
+        width = self._shape(place.output)[-1]
+        gain, bias = self._product(place, width)
+        end, steps = place.output, []
+        for node, other in self._chain(place.output):
+            step = self._step(node, end, other, width)
+            if step is None:
+                break
+            steps.append(step)
+            if node.op in SUMS:
+                sign = -1 if node.op == "Subtract" and node.inputs[1] == other else 1
+                bias = bias or self._bias(other, width, len(steps), sign)
+            end = node.outputs[0]
+        return Target(place, width, end, tuple(steps), gain, bias)
+
+    def is_alone(self, place: Contraction) -> bool:
+        """Whether the weight of a contraction goes nowhere else."""
+        value = self.graph.parameters[place.weight[0]]
+        while self._read_once(value):
+            value = self.readers[value][0].outputs[0]
+            if value == place.output:
+                return True
+        return False
+
+    def _read_once(self, value: int) -> bool:
+        once = len(self.readers.get(value, ())) == 1 and value not in self.graph.outputs
+        return once and len(self.paths.get(value, ())) < 2
+
+    def _shape(self, value: int) -> tuple[int, ...]:
+        return self.graph.values[value].shape
+
+    def _product(self, place: Contraction, width: int) -> tuple[float, Bias | None]:
+        """The gain of the product, and of an `AddMM` what its addend is."""
+        node = self.maker[place.output]
+        if node.op != "AddMM":
+            return 1.0, None
+        alpha, beta = node.attributes
+        return alpha, self._bias(node.inputs[2], width, 0, beta)
+
+    def _chain(self, here: int) -> Iterator[tuple[Node, int | None]]:
+        """The only reader of each value, and what else it reads."""
+        while self._read_once(here):
+            node = self.readers[here][0]
+            yield node, next((i for i in node.inputs if i != here), None)
             here = node.outputs[0]
-        return found
+
+    def _step(self, node: Node, here: int, other: int | None, width: int) -> Step | None:
+        if node.op in SAME:
+            return Step()
+        if node.op in SUMS:
+            return Step(-1 if node.op == "Subtract" and node.inputs[1] == here else 1)
+        divides = node.op == "Divide"
+        if node.op not in SCALES or divides and node.inputs[0] != here:
+            return None
+        scale = None if other in self.dynamic else self.by_channel(other, width)
+        fits = self._shape(here)[-1] == width
+        return Step(1, scale, divides) if fits and scale is not None else None
+
+    def _bias(self, value: int, width: int, at: int, gain: float) -> Bias | None:
+        path = self.parameter(value, width)
+        return Bias(path, at, gain) if path and gain else None
+
+    def parameter(self, value: int, width: int) -> str | None:
+        """The parameter [width] that a value is along its last axis, if nothing else reads it."""
+        found = self.by_channel(value, width, once=True)
+        fits = found in self.paths and self._shape(found) == (width,)
+        return self.paths[found][0] if fits else None
+
+    def source(self, value: int) -> str | None:
+        """The parameter that a value is, but for its layout and its dtype."""
+        while value in self.maker and self.maker[value].op in MOVES:
+            value = self.maker[value].inputs[0]
+        return next(iter(self.paths.get(value, ())), None)
+
+    def by_channel(self, value: int, width: int, *, once: bool = False) -> int | None:
+        """The id of what was broadcast along all axes but the last: [width], or of one entry.
+
+        With `once`, only if nothing else reads it.
+        """
+        while not once or self._read_once(value):
+            shape, node = self._shape(value), self.maker.get(value)
+            if math.prod(shape) != 1 and shape[-1] != width:
+                return None
+            if node is None or node.op not in SHAPE_ONLY or node.op == "Transpose":
+                return value if math.prod(shape) in (1, width) else None
+            value = node.inputs[0]
+        return None
 
 
-def target_of(graph: Graph, place: Contraction) -> Target:
-    """Follow a contraction's output as long as it is only shifted, scaled and added to."""
-    readers, dynamic = _readers(graph), dynamic_values(graph)
-    here, chain, bias = place.output, [], _own_bias(graph, place, readers)
-    while len(readers.get(here, ())) == 1 and here not in graph.outputs:
-        node = readers[here][0]
-        others = [i for i in node.inputs if i != here]
-        if node.op in SUMS and bias is None:
-            bias = _bias(graph, others[0], readers, len(chain) + 1) if others else None
-        static = not dynamic.intersection(others)
-        if node.op not in SUMS | RESHAPES and not (node.op in SCALES and others and static):
-            break
-        if node.op == "Divide" and node.inputs[0] != here:
-            break
-        chain.append(node)
-        here = node.outputs[0]
-        if not static:
-            break
-    return Target(place, tuple(chain), here, *(bias or ()))
+def scales_of(graph: Graph, target: Target, nodes, known) -> dict[int, np.ndarray]:
+    """The scales of a chain as `Target.slope` takes them, from parameters and constants.
 
-
-def _readers(graph: Graph) -> dict[int, list[Node]]:
-    out: dict[int, list[Node]] = {}
-    for node in graph.nodes:
-        for i in node.inputs:
-            out.setdefault(i, []).append(node)
-    return out
-
-
-def _own_bias(graph: Graph, place: Contraction, readers) -> tuple[str, int] | None:
-    """The addend of an `AddMM`."""
-    node = next(n for n in graph.nodes if place.output in n.outputs)
-    return _bias(graph, node.inputs[2], readers, 0) if node.op == "AddMM" else None
-
-
-def _bias(graph: Graph, value: int, readers, at: int) -> tuple[str, int] | None:
-    """The parameter of one axis that `value` is, if nothing else reads it."""
-    maker = {o: n for n in graph.nodes for o in n.outputs}
-    while len(readers[value]) == 1 and value in maker and maker[value].op in SHAPE_ONLY:
-        value = maker[value].inputs[0]
-    path = next((p for p, i in graph.parameters.items() if i == value), None)
-    alone = path is not None and len(readers[value]) == 1
-    return (path, at) if alone and len(graph.shapes()[path]) == 1 else None
+    `nodes` are some of the graph's, with what the scales are computed from.
+    """
+    dynamic = dynamic_values(graph)
+    static = [node for node in nodes if not dynamic.intersection(node.outputs)]
+    _, found = execute(graph, static, dict(known), outputs=(), taps=target.scales)
+    return {
+        i: np.array(scale.astype(mx.float32), dtype=np.float64).reshape(-1)
+        for i, scale in found.items()
+    }

@@ -246,3 +246,37 @@ def best_subset(units, count, loss):
     """The `count` of `units` with the lowest loss of all, and that loss."""
     every = itertools.combinations(sorted(units), count)
     return min(((list(keep), loss(keep)) for keep in every), key=lambda each: each[1])
+
+
+def jacobian(function, count):
+    """Of an affine function of `count` numbers: its values at 0, and a column for each number."""
+    start = function(np.zeros(count)).reshape(-1)
+    columns = [function(row).reshape(-1) - start for row in np.eye(count)]
+    return start, np.stack(columns, axis=1)
+
+
+def fitted_change(function, wanted, shape, free, lam):
+    """What to add to a weight [slots, outputs], and to `free` numbers beside it.
+
+    `function(changes)` is affine, `wanted` what it should be. The changes of an output are held
+    near 0 by lam times the mean over slots of what a change of one does to the output's square.
+    """
+    slots, outputs = shape
+    start, columns = jacobian(function, slots * outputs + free)
+    weights = np.square(columns[:, : slots * outputs]).sum(axis=0).reshape(slots, outputs)
+    pull = np.sqrt(lam * np.broadcast_to(weights.mean(axis=0), shape).reshape(-1))
+    pulls = np.hstack([np.diag(pull), np.zeros((len(pull), free))])
+    error = np.concatenate([wanted.reshape(-1) - start, np.zeros(len(pull))])
+    found = np.linalg.lstsq(np.vstack([columns, pulls]), error, rcond=None)[0]
+    return found[: slots * outputs].reshape(shape), found[slots * outputs :]
+
+
+def batch_moments(arrays):
+    """Mean and variance of each channel, value by value."""
+    rows = [[float(x) for x in row] for a in arrays for row in a.reshape(-1, a.shape[-1])]
+    means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    squares = [
+        sum((x - mean) ** 2 for x in column)
+        for column, mean in zip(zip(*rows, strict=True), means, strict=True)
+    ]
+    return means, [square / len(rows) for square in squares]

@@ -94,8 +94,9 @@ def test_the_saved_weights_are_the_refitted_ones_unless_asked_otherwise(tmp_path
         assert mx.array_equal(saved, held[down][:, mx.array(keep)]).item() is not refit
         record = json.loads((out / "compression.json").read_text())
         assert ("refit" in record) is refit
-    assert set(json.loads((tmp_path / "True" / "compression.json").read_text())["refit"][
-        "lambda"]) == {down, down.replace(".0.", ".1.")}  # fmt: skip
+    record = json.loads((tmp_path / "True" / "compression.json").read_text())["refit"]
+    assert record["method"] in record["held_out"] and record["lambda"].keys() <= held.keys()
+    assert min(record["held_out"].values()) == record["held_out"][record["method"]]
 
 
 def test_too_little_text_to_hold_some_out_is_refused(tmp_path):

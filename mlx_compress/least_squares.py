@@ -1,0 +1,68 @@
+"""Least squares from sums over batches: what to add to the weights of a contraction.
+
+For the inputs X [rows, n] of the contraction and an error E [rows, m] that it can take away,
+
+    minimise |X D - E|^2 + lambda |D|^2,        D = (X^T X + lambda I)^-1 X^T E
+
+Lambda is chosen on data that D was not fitted on, also as infinite: a change that does not hold up
+there is not made. With a bias, X has a column of ones, which lambda leaves alone.
+"""
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from .second import Window, patches
+
+LAMBDAS = (1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # times the mean of the diagonal of X^T X
+
+
+@dataclass
+class Sums:
+    """X^T X [n, n] and X^T E [n, m], float64, of what is fitted and of what is only judged on."""
+
+    window: Window | None
+    keep: np.ndarray  # slots of the input
+    outputs: np.ndarray  # slots of the output
+    biased: bool
+    fitted: list[np.ndarray] = field(default_factory=list)
+    judged: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, value: mx.array, error: mx.array, *, judged: bool) -> None:
+        """The input of a contraction, and the error of its output in the same shape."""
+        kept = mx.take(value, mx.array(self.keep), axis=-1)
+        x = patches(kept.astype(mx.float32), self.window)
+        if self.biased:
+            x = mx.concatenate([x, mx.ones((x.shape[0], 1))], axis=-1)
+        e = error.reshape(x.shape[0], -1).astype(mx.float32)
+        parts = [x.T @ x, x.T @ mx.take(e, mx.array(self.outputs), axis=-1)]
+        mx.eval(parts)
+        sums = self.judged if judged else self.fitted
+        if not sums:
+            sums += [np.zeros(part.shape) for part in parts]
+        for total, part in zip(sums, parts, strict=True):
+            total += np.array(part)
+
+    def change(self) -> tuple[np.ndarray | None, float]:
+        """D, with the bias as its last row, and lambda in means of the diagonal; None for none.
+
+        There is none without data to judge on.
+        """
+        best, lowest = (None, np.inf), 0.0
+        if not self.judged:
+            return best
+        square, cross = self.judged
+        for lam in LAMBDAS:
+            change = self._solution(lam)
+            error = float(np.sum(change * (square @ change - 2 * cross)))  # less that of no change
+            if error < lowest:
+                best, lowest = (change, lam), error
+        return best
+
+    def _solution(self, lam: float) -> np.ndarray:
+        square, cross = self.fitted
+        count = len(square) - self.biased
+        ridge = np.full(len(square), lam * max(np.trace(square[:count, :count]) / count, 1e-30))
+        ridge[count:] = 0
+        return np.linalg.solve(square + np.diag(ridge), cross)
