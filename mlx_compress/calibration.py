@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from .axes import Dimension, NamedAxes, named_axes
+from .batch_norm import batch_norms, recalibrated
 from .budget import Budget
 from .calibrate import Statistics, calibrate
 from .caution import another_text, too_few
@@ -25,7 +26,7 @@ from .importance import Scores, Sources, criterion, needs
 from .options import Options
 from .plan import PrunePlan
 from .prune import Cutter, pruner
-from .refit import USUAL, refit
+from .refit import USUAL, Fitted, refit
 from .samples import Samples
 from .second import OnDisk
 from .sequential import can_run, refit_in_sequence
@@ -206,8 +207,10 @@ class Calibration:
         The closed form is followed by a sequential refit, which is kept where the held-out loss
         is lower with it.
         """
+        if not self.options.refit:
+            return self._recalibrated(plan)
         closed = self.closed_form(plan, dims)
-        if not self.options.refit or not any(d.name in plan.cuts for d in dims):
+        if not any(d.name in plan.cuts for d in dims):
             return closed, {}
         unit = "tokens" if self.samples.task is NEXT_TOKEN else "rows"
         few = too_few(self.named, plan, self.statistics(dims), unit)
@@ -224,6 +227,20 @@ class Calibration:
         }
         best = min(judged, key=judged.get)
         return cuts[best], {"method": best, "held_out": judged}
+
+    def _recalibrated(self, plan: PrunePlan) -> tuple[Cutter, dict]:
+        """No weight is fitted; batch norms are measured anew where that is better."""
+        plain = pruner(self.named, plan)
+        if not batch_norms(self.named.graph) or len(self._all.batches) < 2:
+            return plain, {}
+        anew = recalibrated(self.named, plan, self.batches, self.fetch, progress=self.progress)
+        judged = {
+            name: float(self.losses(plan, cut, self.held_out).mean())
+            for name, cut in {"as they are": plain, "batch norms anew": anew}.items()
+        }
+        best = min(judged, key=judged.get)
+        chosen = anew if best == "batch norms anew" else Fitted(plain)
+        return chosen, {"method": best, "held_out": judged}
 
 
 def fit(planned) -> None:
