@@ -280,3 +280,37 @@ def batch_moments(arrays):
         for column, mean in zip(zip(*rows, strict=True), means, strict=True)
     ]
     return means, [square / len(rows) for square in squares]
+
+
+def kl_row(student, teacher, *, temperature, forward):
+    """Nats of one row of logits, and the slope by each of the student's, class by class."""
+
+    def probabilities(logits):
+        top = max(logits)
+        parts = [math.exp((x - top) / temperature) for x in logits]
+        return [part / sum(parts) for part in parts]
+
+    def divergence(first, second):
+        return sum(a * math.log(a / b) for a, b in zip(first, second, strict=True) if a > 0)
+
+    q, p = probabilities(student), probabilities(teacher)
+    pairs = list(zip(q, p, strict=True))
+    if forward:
+        return divergence(p, q), [(b - a) / temperature for b, a in pairs]
+    nats = divergence(q, p)
+    return nats, [b * (math.log(b / a) - nats) / temperature if b > 0 else 0.0 for b, a in pairs]
+
+
+def projected_kl(hidden, head, bias, teacher_logits, mask, *, forward=True):
+    """Sum of mask * KL over tokens, and its gradients by hidden, head and bias, token by token."""
+    total, by_hidden = 0.0, np.zeros(hidden.shape)
+    by_head, by_bias = np.zeros(head.shape), np.zeros(bias.shape)
+    for n, state in enumerate(hidden):
+        logits = [sum(w * x for w, x in zip(r, state, strict=True)) for r in head] + bias
+        nats, slope = kl_row(logits, teacher_logits[n], temperature=1.0, forward=forward)
+        total += mask[n] * nats
+        for v, by_logit in enumerate(slope):
+            by_hidden[n] += mask[n] * by_logit * head[v]
+            by_head[v] += mask[n] * by_logit * state
+            by_bias[v] += mask[n] * by_logit
+    return total, by_hidden, by_head, by_bias

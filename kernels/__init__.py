@@ -1,0 +1,1 @@
+"""Fast or lean forms of single computations. They import nothing but MLX."""
