@@ -14,10 +14,12 @@ OSSCAR  block by block, on the inputs that the pruned blocks before it hand over
         mean diagonal. Meng et al., 2024, https://arxiv.org/abs/2403.12983
 layers  whole blocks of the least influence. Men et al., 2024, https://arxiv.org/abs/2403.03853
 auto    what `compress` does: the criterion that loses least on held-out samples, then its refit.
+searched  what it does with --max-trials: how much to keep of what, found on held-out samples too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 
 import mlx.core as mx
@@ -27,7 +29,7 @@ import numpy as np
 from ..allocate import Request, choose, choose_layers, prunable_layers
 from ..axes import Dimension, NamedAxes
 from ..bridges.mlx_lm import LanguageModel
-from ..budget import block_parameters
+from ..budget import block_parameters, language_budget
 from ..calibrate import calibrate
 from ..calibration import Calibration
 from ..contractions import Contraction, consumers
@@ -38,7 +40,7 @@ from ..influence import LAYER_CRITERIA, LayerSources, calibrate_layers
 from ..layers import layer_dimensions, renamed_paths
 from ..options import Options
 from ..plan import Cut, PrunePlan
-from ..planning import best_plan
+from ..planning import best_plan, choose_plan
 from ..prune import (
     Cutter,
     picks,
@@ -54,6 +56,7 @@ from ..swaps import refine
 
 INFLUENCE = "activation"  # the name of block influence among criteria of layers
 FITTED = " + refit"
+TRIALS = 12
 
 
 @dataclass(frozen=True)
@@ -127,11 +130,31 @@ def float32(module: nn.Module) -> nn.Module:
 
 
 def _auto(bench: Bench, aim: Aim, seed: int) -> Pruned:
-    verdict = best_plan(bench.calibration, aim.dims, aim.wanted)
-    plan = verdict.winner.plan
+    return _fitted(bench, aim, best_plan(bench.calibration, aim.dims, aim.wanted).winner.plan)
+
+
+def _searched(bench: Bench, aim: Aim, seed: int) -> Pruned:
+    options = replace(aim.options, importance="auto", max_trials=TRIALS)
+    plan, _ = choose_plan(
+        replace(bench.calibration, options=options, budget=language_budget(bench.model, options)),
+        bench.named, aim.dims, [], aim.wanted, together=True, holds=partial(_holds, bench),
+    )  # fmt: skip
+    return _fitted(bench, aim, plan)
+
+
+def _holds(bench: Bench, plan: PrunePlan) -> bool:
+    try:
+        fitted_config(bench.model, bench.named, plan)
+    except InputError:
+        return False
+    return True
+
+
+def _fitted(bench: Bench, aim: Aim, plan: PrunePlan) -> Pruned:
     cut, record = bench.calibration.fitted(plan, aim.dims)
     module = pruned_module(bench.model, bench.named, plan, cut)
-    return Pruned(plan, module, {"criterion": verdict.winner.name, "refit": record})
+    chosen = plan.recipe.get("chosen", plan.recipe["importance"])
+    return Pruned(plan, module, {"criterion": chosen, "refit": record})
 
 
 def _layers(bench: Bench, aim: Aim, seed: int) -> Pruned:
@@ -293,5 +316,7 @@ METHODS: dict[str, Method] = {
     "FLAP uniform": _flap_uniform,
     "OSSCAR": _osscar,
     "auto": _auto,
+    "searched": _searched,
 }
-WITHOUT_REFIT = tuple(name for name in METHODS if name not in ("OSSCAR", "auto"))
+OURS = ("auto", "searched")
+WITHOUT_REFIT = tuple(name for name in METHODS if name not in ("OSSCAR", *OURS))

@@ -39,11 +39,21 @@ from ..options import Options
 from ..report import machine, write_report
 from ..samples import Samples
 from ..scoring import as_samples, inspect, on_text, read_windows
-from .baselines import FITTED, METHODS, WITHOUT_REFIT, Aim, Bench, Pruned, float32, method
+from .baselines import (
+    FITTED,
+    METHODS,
+    OURS,
+    WITHOUT_REFIT,
+    Aim,
+    Bench,
+    Pruned,
+    float32,
+    method,
+)
 
 EVAL_BATCH = 8
 OFF = 0.005  # by how much the fraction removed may miss what was asked for, unsaid
-OURS, RIVAL = "auto", "OSSCAR"
+RIVAL = "OSSCAR"
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ def prepared(
     mx.reset_peak_memory()
     sources, cost = _timed(partial(_sources, model, samples, dims))
     cost["peak_bytes"] = mx.get_peak_memory()
-    for aim in aims if OURS in settings.methods else ():
+    for aim in aims if set(OURS) & set(settings.methods) else ():
         calibration.statistics(aim.dims)  # so that no row's seconds count it
     return Bench(model, named, calibration, sources, samples.batches), cost
 
@@ -206,23 +216,27 @@ def _nats(rows: list[dict]) -> float:
 
 
 def ratios(result: dict) -> tuple[list[str], list[list[str]]]:
-    """How `auto` compares: with the best that refits nothing, and with OSSCAR, window by window."""
-    aims = sorted(result["settings"]["removed"])
+    """How ours compare: with the best that refits nothing, and with OSSCAR, window by window."""
     found = {}
     for row in result["rows"]:
         found.setdefault((row["asked"], row["method"]), []).append(row)
-    there = [aim for aim in aims if {(aim, OURS), (aim, RIVAL)} <= found.keys()]
+    asked = sorted(result["settings"]["removed"])
+    aims = [aim for aim in asked if {(aim, RIVAL), (aim, OURS[0])} <= found.keys()]
     dense = result["dense"]["nats_per_token"]
     best = {
         aim: min((n for n in WITHOUT_REFIT if (aim, n) in found), default=RIVAL,
                  key=lambda name, aim=aim: _nats(found[aim, name]))
-        for aim in there
+        for aim in aims
     }  # fmt: skip
-    head = ["auto against", *(f"{100 * aim:g} % removed" for aim in there)]
-    plain = [_against(found[aim, OURS], found[aim, best[aim]], dense) for aim in there]
-    rival = [_against(found[aim, OURS], found[aim, RIVAL], dense) for aim in there]
-    names = ", ".join(dict.fromkeys(best.values()))
-    return head, [[f"the best without refit ({names})", *plain], [RIVAL, *rival]]
+    rivals = {f"the best without refit ({', '.join(dict.fromkeys(best.values()))})": best,
+              RIVAL: dict.fromkeys(aims, RIVAL)}  # fmt: skip
+    body = [
+        [f"{ours} against {name}",
+         *(_against(found[aim, ours], found[aim, rival[aim]], dense) for aim in aims)]
+        for ours in OURS if all((aim, ours) in found for aim in aims)
+        for name, rival in rivals.items()
+    ]  # fmt: skip
+    return ["", *(f"{100 * aim:g} % removed" for aim in aims)], body
 
 
 def _against(ours: list[dict], theirs: list[dict], dense: float) -> str:
@@ -259,7 +273,7 @@ def _table(head: list[str], body: list[list[str]], caption: str | None = None) -
 def _caption(result: dict) -> str:
     s, dense, cost = result["settings"], result["dense"], result["statistics"]
     ours = [f"{100 * r['asked']:g} % {r['criterion']}, {r['refit'].get('method')}"
-            for r in result["rows"] if r["method"] == OURS]  # fmt: skip
+            for r in result["rows"] if r["method"] == OURS[0]]  # fmt: skip
     return (
         f"{s['model']}, {'+'.join(s['dims'])}, by the block parameters removed: perplexity, and "
         f"nats/token above the dense model's {dense['nats_per_token']:.3f} (perplexity "

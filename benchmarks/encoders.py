@@ -2,14 +2,16 @@
 
     python -P -m mlx_compress.benchmarks.encoders --data FOLDER --kept 0.75,0.5
 
-Random units, magnitude, and whole layers by their influence, as they are; then ours: the criterion
-chosen on held-out pairs, with the weights refitted. Calibrated on pairs of STS-B's training split;
+Random units and magnitude as they are, and the first layers alone; then ours: the criterion chosen
+on held-out pairs, with the weights refitted. Calibrated on pairs of STS-B's training split;
 Spearman's rank correlation on its test split.
 """
 
 import argparse
 import csv
 import json
+import math
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -43,13 +45,11 @@ class Method:
     name: str
     importance: str
     refit: bool = False
-    dims: tuple[str, ...] = ("channels", "heads")
 
 
 METHODS = (
     Method("random", "random"),
     Method("magnitude", "magnitude"),
-    Method("whole layers", "activation", dims=("layers",)),
     Method("magnitude, refitted", "magnitude", refit=True),
     Method("ours", "auto", refit=True),
 )
@@ -95,7 +95,7 @@ def write_encoder(folder: Path) -> Program:
 def measure(program, folder: Path, data: Path, method: Method, kept: float, pairs: int) -> Row:
     started = time.perf_counter()
     options = Options(
-        params=kept, importance=method.importance, refit=method.refit, dims=method.dims,
+        params=kept, importance=method.importance, refit=method.refit,
         calibration_samples=pairs, batch_size=32, max_seq_length=48,
     )  # fmt: skip
     calibration = on_samples(
@@ -106,10 +106,7 @@ def measure(program, folder: Path, data: Path, method: Method, kept: float, pair
     if method.refit:
         fit(planned)
     seconds = time.perf_counter() - started
-    test = read_samples(
-        program, data, "evaluation", count=10_000, batch_size=50, length=128, folder=folder,
-        open_tokenizer=open_tokenizer,
-    )  # fmt: skip
+    test = _test(program, folder, data)
     closed = None
     if planned.refit:
         cut = calibration.closed_form(planned.plan, planned.dims)
@@ -117,6 +114,29 @@ def measure(program, folder: Path, data: Path, method: Method, kept: float, pair
     score = _spearman(prune_program(program, planned.plan, planned.cut), test)
     chosen = planned.plan.recipe.get("chosen", "")
     return Row(method.name, kept, planned.kept_parameters, score, closed, chosen, seconds)
+
+
+def truncated(dense: Program, folder: Path, data: Path, kept: float) -> Row:
+    """The first layers alone, rounded up; of a BERT each is as large as another."""
+    started = time.perf_counter()
+    config = json.loads((installed_encoder() / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    left = math.ceil(layers * kept)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "first")
+        shutil.copytree(installed_encoder(), source)
+        (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": left}))
+        program = imported_program(from_hf(source))
+    seconds = time.perf_counter() - started
+    score = _spearman(program, _test(dense, folder, data))
+    return Row("first layers", kept, left / layers, score, None, "", seconds)
+
+
+def _test(program: Program, folder: Path, data: Path) -> Samples:
+    return read_samples(
+        program, data, "evaluation", count=10_000, batch_size=50, length=128, folder=folder,
+        open_tokenizer=open_tokenizer,
+    )  # fmt: skip
 
 
 def _spearman(program: Program, test: Samples) -> float:
@@ -129,9 +149,12 @@ def rows(data: Path, kept: list[float], pairs: int, done: list[Row]) -> Iterator
         place = Path(scratch)
         write_data(data, place)
         program = write_encoder(place / "encoder")
+        known = {(r.method, r.asked) for r in done}
         for share in kept:
+            if ("first layers", share) not in known:
+                yield truncated(program, place / "encoder", place, share)
             for method in METHODS:
-                if (method.name, share) not in {(r.method, r.asked) for r in done}:
+                if (method.name, share) not in known:
                     yield measure(program, place / "encoder", place, method, share, pairs)
 
 

@@ -27,20 +27,28 @@ NUMERICS_KEYS = ("quantization", "quantization_config")
 
 @dataclass
 class LanguageModel:
-    """A checkpoint folder. `config` is without quantisation; `notes` say what was changed."""
+    """A checkpoint folder. `config` is without quantisation; `notes` say what was changed.
+
+    `zeros` are parameters that the config asks for and the folder lacks; they are zero.
+    """
 
     path: Path
     config: dict
     trust_remote_code: bool = False
     notes: list[str] = field(default_factory=list)
+    zeros: frozenset[str] = frozenset()
     _weights: dict[str, mx.array] = field(default_factory=dict, repr=False)
     _paths: frozenset[str] = frozenset()
     _absent: frozenset[str] = frozenset()
 
     def module(self, *, dequantised: bool = True) -> nn.Module:
         """The stock model of this folder, dequantised if need be, with lazy weights."""
+        config = self.config if self.zeros else None
         with _one_line(self.path):
-            return _load(self.path, self.trust_remote_code, dequantised)[0]
+            model = _load(self.path, self.trust_remote_code, dequantised, config)[0]
+        known = dict(tree_flatten(model.parameters())) if self.zeros else {}
+        zeros = [(path, mx.zeros_like(known[path])) for path in self.zeros]
+        return model.load_weights(zeros, strict=False)
 
     def fetch(self, paths: Iterable[str]) -> dict[str, mx.array]:
         """Parameters by path, not yet read; each is handed out once and then opened anew."""
@@ -71,12 +79,16 @@ class LanguageModel:
 
     def optional_fields(self) -> list[tuple[str, ...]]:
         """Declared config fields that are left out or None, such as `head_dim`."""
-        _, args_class = _classes(self.path, self.config, self.trust_remote_code)
         return [
             (f.name,)
-            for f in dataclasses.fields(args_class)
+            for f in self.declared_fields()
             if self.config.get(f.name) is None and f.default is None
         ]
+
+    def declared_fields(self) -> tuple[dataclasses.Field, ...]:
+        """The config fields that the stock model declares."""
+        _, args_class = _classes(self.path, self.config, self.trust_remote_code)
+        return dataclasses.fields(args_class)
 
     def trace(self, tokens: mx.array, *, dtype: mx.Dtype | None = None) -> Graph:
         """The graph of this model at the shape of `tokens` [B, T], logits as its one output."""
@@ -151,10 +163,16 @@ def trace_logits(module: nn.Module, tokens: mx.array, *, dtype=None) -> Graph:
     return graph if len(graph.outputs) == 1 else dataclasses.replace(graph, outputs=(logits,))
 
 
-def _load(path: Path, trust_remote_code: bool, dequantised: bool = True) -> tuple[nn.Module, dict]:
+def _load(
+    path: Path, trust_remote_code: bool, dequantised: bool = True, config: dict | None = None
+) -> tuple[nn.Module, dict]:
+    """With a `config` of its own the model may have parameters that the folder lacks."""
     from mlx_lm.utils import dequantize_model, load_model
 
-    model, config = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+    model, config = load_model(
+        path, lazy=True, strict=config is None, model_config=config,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     if dequantised and any(key in config for key in NUMERICS_KEYS):
         model = dequantize_model(model)
     return model, config

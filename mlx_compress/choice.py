@@ -2,7 +2,8 @@
 
 All criteria read the same statistics, so trying all of them costs little more than one. Each plan
 is judged window by window on held-out calibration text; the differences are paired, so a few
-windows tell close candidates apart. What cannot be told apart goes to the cheaper one.
+windows tell close candidates apart. What cannot be told apart goes to the cheaper: to the best of
+those that only read statistics, before one that solves systems.
 """
 
 import time
@@ -14,7 +15,7 @@ import numpy as np
 from .allocate import Request, choose
 from .axes import Dimension, NamedAxes
 from .edit import edit_graph
-from .importance import CRITERIA, Sources, criterion
+from .importance import CRITERIA, Sources, criterion, needs
 from .options import Options
 from .plan import PrunePlan
 from .prune import Cutter, pruned_fetch
@@ -27,12 +28,14 @@ BASELINE = "random"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan and its loss on each held-out sample; `seconds` of scoring."""
+    """A plan and its loss on each held-out sample; `seconds` of scoring, and whether it is `dear`,
+    in that it solves systems of equations."""
 
     name: str
     plan: PrunePlan
     losses: np.ndarray
     seconds: float
+    dear: bool = False
 
     @property
     def mean(self) -> float:
@@ -74,23 +77,22 @@ def judge(
     names: Iterable[str] = tuple(CRITERIA),
     progress: Progress = silent,
 ) -> Verdict:
-    """Plan by every criterion and compare; `losses(plan)` gives those of the pruned model.
-
-    Criteria are tried in the order of `names`, which is that of their cost.
-    """
+    """Plan by every criterion and compare; `losses(plan)` gives those of the pruned model."""
     candidates, names = [], list(names)
     for k, name in enumerate(names):
         started = time.perf_counter()
         scores = criterion(name)(sources)
         seconds = time.perf_counter() - started
         plan = choose(sources.named, dims, scores, wanted, options, {"importance": name})
-        candidates.append(Candidate(name, plan, losses(plan), seconds))
+        dear = "second" in needs(name)
+        candidates.append(Candidate(name, plan, losses(plan), seconds, dear))
         progress("criteria", k + 1, len(names))
     return decide(candidates, seed=options.seed)
 
 
 def decide(candidates: list[Candidate], *, seed: int = 0) -> Verdict:
-    """The first candidate whose loss cannot be told from the lowest one (95 %, paired).
+    """The candidate with the lowest loss, or one that cannot be told from it (95 %, paired) and is
+    not dear.
 
     One that only its noise saves is passed over: whose mean is above that of a candidate which was
     told apart. `random` is there to be compared with, and never wins.
@@ -99,7 +101,8 @@ def decide(candidates: list[Candidate], *, seed: int = 0) -> Verdict:
     best = min(eligible, key=lambda c: c.mean)
     behind = {c.name: _interval(c.losses - best.losses, seed) for c in candidates}
     worse = min((c.mean for c in eligible if behind[c.name][1] > 0), default=np.inf)
-    winner = next(c for c in eligible if behind[c.name][1] <= 0 and c.mean <= worse)
+    cheap = [c for c in eligible if not c.dear and behind[c.name][1] <= 0 and c.mean <= worse]
+    winner = min(cheap, key=lambda c: c.mean, default=best)
     return Verdict(winner, candidates, behind)
 
 

@@ -14,6 +14,7 @@ import typer
 from .errors import InputError, exit_on_error
 from .flags import (
     Batch,
+    Biases,
     Carrier,
     ComputeUnits,
     Config,
@@ -82,6 +83,7 @@ def compress(
     max_trials: Trials = DEFAULT.max_trials,
     plan: Plan = None,
     carrier: Carrier = None,
+    biases: Biases = False,
     max_drop: Annotated[
         float | None,
         typer.Option("--max-drop", metavar="X", help="Reject a model whose loss rises by more."),
@@ -125,8 +127,8 @@ def compress(
 
     ship.check_places(places, EXPORT)
     jobs.compress(
-        *given, options, plan=plan, carrier=carrier, kept=_kept(statistics, no_statistics),
-        trust=trust_remote_code,
+        *given, options, plan=plan, carrier=carrier, biases=biases,
+        kept=_kept(statistics, no_statistics), trust=trust_remote_code,
     )  # fmt: skip
     if places:
         ship.export_model(str(mlx_path), places, EXPORT, data=data, trust=trust_remote_code)
@@ -156,6 +158,7 @@ def prune(
         bool, typer.Option("--dry-run", help="Show the plan and write no model.")
     ] = False,
     carrier: Carrier = None,
+    biases: Biases = False,
     calibration_samples: Samples = DEFAULT.calibration_samples,
     max_seq_length: Length = DEFAULT.max_seq_length,
     batch_size: Batch = DEFAULT.batch_size,
@@ -175,8 +178,8 @@ def prune(
 
     jobs.prune(
         model, None if dry_run else mlx_path, data, options,
-        plan=plan, save_plan=save_plan, carrier=carrier, kept=_kept(statistics, no_statistics),
-        trust=trust_remote_code, as_json=as_json,
+        plan=plan, save_plan=save_plan, carrier=carrier, biases=biases,
+        kept=_kept(statistics, no_statistics), trust=trust_remote_code, as_json=as_json,
     )  # fmt: skip
 
 

@@ -128,6 +128,12 @@ Carrier = Annotated[
         "--carrier", metavar="NAME", help="Write as another architecture that can hold the plan."
     ),
 ]
+Biases = Annotated[
+    bool,
+    typer.Option(
+        "--biases", help="Put on every bias that the config can hold, for the refit to fill."
+    ),
+]
 Trials = Annotated[
     int,
     typer.Option(

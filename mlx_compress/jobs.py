@@ -46,12 +46,13 @@ def progress_bars() -> Iterator[Advance]:
 
 
 def compress(
-    model: str, mlx_path: Path, data: Path, options: Options, *, plan, carrier, kept, trust
-) -> None:
+    model: str, mlx_path: Path, data: Path, options: Options,
+    *, plan, carrier, biases, kept, trust,
+) -> None:  # fmt: skip
     """The whole job, with the closing table. `kept` is where statistics are kept, or None."""
     check_free(mlx_path)
     road = _road(model)
-    source = road.open_model(model, trust_remote_code=trust)
+    source = _open(model, trust, biases)
     saved = recipe.read_plan(plan) if plan else None
     heard = 0
 
@@ -71,13 +72,13 @@ def compress(
 
 def prune(
     model: str, mlx_path: Path | None, data: Path | None, options: Options,
-    *, plan, save_plan, carrier, kept, trust, as_json,
+    *, plan, save_plan, carrier, biases, kept, trust, as_json,
 ) -> None:  # fmt: skip
     """Make or read a plan, show it, and save the pruned model unless it is a dry run."""
     if mlx_path is not None:
         check_free(mlx_path)
     road = _road(model)
-    source = road.open_model(model, trust_remote_code=trust)
+    source = _open(model, trust, biases)
     saved = recipe.read_plan(plan) if plan else None
     with progress_bars() as progress:
         more = {"carrier": carrier, "kept": kept, "progress": progress}
@@ -96,6 +97,19 @@ def prune(
 def _road(model: str):
     """The steps for a model of this kind."""
     return program_recipe if program_recipe.is_saved(model) else recipe
+
+
+def _open(model: str, trust: bool, biases: bool):
+    """The model, with every bias that it can hold where that was asked for."""
+    road = _road(model)
+    source = road.open_model(model, trust_remote_code=trust)
+    if not biases:
+        return source
+    if road is program_recipe:
+        raise InputError(f"--biases: {model} is a saved program, which has no config to ask.")
+    from .bridges.biases import with_biases
+
+    return with_biases(source)
 
 
 def _show_plan(planned, save_plan: Path | None, as_json: bool) -> int:

@@ -70,7 +70,8 @@ def on_text(
         fetch=model.fetch,
         read=None if data is None else read,
         options=options, notes=notes, progress=progress, kept=kept,
-        identity=lambda: sorted(parent_record(model.path)["sha256"].values()),
+        identity=lambda: [*sorted(parent_record(model.path)["sha256"].values()),
+                          *sorted(model.zeros)],
         budget=language_budget(model, options),
     )  # fmt: skip
     return calibration

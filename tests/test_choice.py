@@ -1,4 +1,4 @@
-"""The choice is the best by evidence, and the cheapest of those that cannot be told apart."""
+"""The choice is the best by evidence, and a cheap one of those that cannot be told apart."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def candidates(**means):
     text = np.random.default_rng(0).normal(3.0, 0.5, 40)
     own = np.random.default_rng(1)
     return [
-        Candidate(name, PrunePlan({}), text + mean + own.normal(0, 0.01, 40), 0.1)
+        Candidate(name, PrunePlan({}), text + mean + own.normal(0, 0.01, 40), 0.1, name == "dear")
         for name, mean in means.items()
     ]
 
@@ -33,6 +33,11 @@ def test_a_difference_smaller_than_the_spread_of_the_text_is_told():
 def test_what_cannot_be_told_apart_goes_to_the_cheaper():
     assert decide(candidates(cheap=0.0005, dear=0.0)).winner.name == "cheap"
     assert decide(candidates(worse=0.5, cheap=0.0, dear=0.0)).winner.name == "cheap"
+
+
+def test_of_those_that_cost_alike_the_best_wins_however_close():
+    assert decide(candidates(first=0.002, best=0.0)).winner.name == "best"
+    assert decide(candidates(best=0.0, last=0.002)).winner.name == "best"
 
 
 def test_noise_saves_no_candidate_that_is_worse_than_one_told_apart():
