@@ -14,6 +14,7 @@ import numpy as np
 from .axes import NamedAxes
 from .contractions import Contraction, consumers
 from .errors import InputError
+from .padding import row_count, without_padding
 from .second import SecondMoments
 from .store import Store
 from .stream import Fetch, Progress, groups, silent, stream_backward, stream_forward
@@ -68,6 +69,7 @@ def calibrate(
     dims: Iterable[str],
     loss: Callable[[int, list[mx.array]], mx.array] | None = None,
     second: MutableMapping[tuple, np.ndarray] | None = None,
+    masks: Sequence[mx.array] | None = None,
     store: Store | None = None,
     progress: Progress = silent,
 ) -> Statistics:
@@ -75,7 +77,8 @@ def calibrate(
 
     `batches` hold the graph's inputs, in its shapes. With `loss(batch index, outputs)` the Taylor
     terms are collected too, by a backward pass over as many batches at a time as memory allows.
-    With `second`, a mapping to fill (in memory or on disk), so are the second moments.
+    With `second`, a mapping to fill (in memory or on disk), so are the second moments. `masks` say
+    which tokens of each batch count.
 
     What `store` holds is not collected again, and what is collected goes there, group by group of
     batches; second moments then lie there and not in `second`. With all there nothing is run. The
@@ -90,7 +93,7 @@ def calibrate(
         store = None
     fresh = Statistics(second={} if second is None else second)
     statistics = _restored(store, kinds) if store else fresh
-    meter = _Meter(statistics, kinds, store.done if store else {}, batches)
+    meter = _Meter(statistics, kinds, store.done if store else {}, batches, masks)
     parts = [(0, batches, progress)]
     if loss is not None or store:
         parts = groups(named.graph, batches, progress, start=meter.start)
@@ -134,8 +137,9 @@ def _collect(named: NamedAxes, meter, first: int, group, fetch, loss, progress) 
 class _Meter:
     """Adds batches to the statistics, each kind from the first batch on that it lacks."""
 
-    def __init__(self, statistics: Statistics, kinds, done: Mapping[str, int], batches):
+    def __init__(self, statistics: Statistics, kinds, done: Mapping[str, int], batches, masks):
         self.statistics, self.kinds, self.batches = statistics, kinds, batches
+        self.masks = masks or [None] * len(batches)
         self.places = kinds["moments"]
         self.done = {kind: done.get(kind, 0) for kind in kinds}
         self.start = min(self.done.values())
@@ -151,16 +155,23 @@ class _Meter:
         self.index.remember(first + b, values)
         for place in self._lacking("moments", first + b, values):
             index = self.index.of(first + b, place)
-            _add_moments(self.statistics, place, values[place.value], index)
+            value, mask = values[place.value], self._mask(first + b, place)
+            _add_moments(self.statistics, place, value, index, mask)
         for place in self._lacking("second", first + b, values):
             index = self.index.of(first + b, place)
-            self.sums.add(place, values[place.value], index, last=b == count - 1)
+            value = without_padding(values[place.value], self._mask(first + b, place))
+            self.sums.add(place, value, index, last=b == count - 1)
 
     def backward(self, first: int, b: int, values) -> None:
         for place in self._lacking("taylor", first + b, values):
             product = values[place.value][0] * values[place.value][1]
+            product = without_padding(product, self._mask(first + b, place))
             index = self.index.of(first + b, place)
             _add_taylor(self.statistics, place, product, index, self.batches[0])
+
+    def _mask(self, batch: int, place: Contraction) -> mx.array | None:
+        """A patch of a convolution may hold a token and padding; it counts."""
+        return None if place.window else self.masks[batch]
 
     def _lacking(self, kind: str, batch: int, values) -> list[Contraction]:
         places = self.kinds[kind].values() if self.lacks(kind, batch) else ()
@@ -225,8 +236,8 @@ def _per_slot(place: Contraction, value: mx.array, index, *, peak: bool = False)
     return each.maximum(picked) if peak else each.add(picked)
 
 
-def _add_moments(statistics: Statistics, place: Contraction, value: mx.array, index) -> None:
-    value = value.astype(mx.float32)
+def _add_moments(statistics: Statistics, place: Contraction, value, index, mask) -> None:
+    value = without_padding(value.astype(mx.float32), mask)
     square = np.array(_per_slot(place, mx.square(value), index), dtype=np.float64)
     held = statistics.moments.get(place.key)
     if held is None:
@@ -237,14 +248,14 @@ def _add_moments(statistics: Statistics, place: Contraction, value: mx.array, in
     held.norm += np.sqrt(square)
     peak = np.array(_per_slot(place, mx.abs(value), index, peak=True), dtype=np.float64)
     held.peak = np.maximum(held.peak, peak)
-    held.rows = held.rows + _rows(place, value, index)
+    held.rows = held.rows + _rows(place, value, index, mask)
     held.batches += 1
 
 
-def _rows(place: Contraction, value: mx.array, index) -> np.ndarray | float:
+def _rows(place: Contraction, value: mx.array, index, mask) -> np.ndarray | float:
     """How many rows a batch has, for each expert where these are picked."""
     if index[1] is None:
-        return value.size / value.shape[-1]
+        return row_count(value, mask)
     count = sum(dim.size for dim in place.expert_axis)
     picked = np.bincount(np.array(index[1]).reshape(-1), minlength=count)
     return picked.astype(np.float64) * value.shape[-2]

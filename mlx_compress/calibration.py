@@ -140,8 +140,8 @@ class Calibration:
         found = calibrate(
             self.named, self.batches, self.fetch, dims=dims,
             loss=self.loss if "gradients" in asked else None,
-            second=self._second(dims, store) if full else None, store=store,
-            progress=told,
+            second=self._second(dims, store) if full else None, masks=self.samples.masks,
+            store=store, progress=told,
         )  # fmt: skip
         if store is not None:
             self._tell(store, "made and kept in" if stages else "read from")
@@ -158,7 +158,8 @@ class Calibration:
     def _store(self, dims: tuple[str, ...]) -> Store | None:
         if self.kept is None:
             return None
-        arrays = [np.array(array) for batch in self.batches for array in batch]
+        masks = self.samples.masks or []
+        arrays = [np.array(array) for batch in [*self.batches, masks] for array in batch]
         targets = np.asarray(self.samples.targets)
         return Store(self.kept, store_key(*self.identity(), *dims, *arrays, targets))
 
@@ -219,7 +220,7 @@ class Calibration:
             return closed, {"method": "closed form"}
         sequential = refit_in_sequence(
             self.named, plan, self.batches, self.fetch, held_out=self.held_out.batches,
-            start=closed, progress=self.progress,
+            masks=self._all.masks, start=closed, progress=self.progress,
         )  # fmt: skip
         cuts = {"closed form": closed, "sequential": sequential}
         judged = {

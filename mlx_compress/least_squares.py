@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from .padding import without_padding
 from .second import Window, patches
 
 LAMBDAS = (1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # times the mean of the diagonal of X^T X
@@ -29,12 +30,19 @@ class Sums:
     fitted: list[np.ndarray] = field(default_factory=list)
     judged: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, value: mx.array, error: mx.array, *, judged: bool) -> None:
-        """The input of a contraction, and the error of its output in the same shape."""
+    def add(
+        self, value: mx.array, error: mx.array, *, judged: bool, mask: mx.array | None = None
+    ) -> None:
+        """The input of a contraction, and the error of its output in the same shape.
+
+        `mask` says which tokens count.
+        """
         kept = mx.take(value, mx.array(self.keep), axis=-1)
         x = patches(kept.astype(mx.float32), self.window)
         if self.biased:
             x = mx.concatenate([x, mx.ones((x.shape[0], 1))], axis=-1)
+        if self.window is None:
+            x = patches(without_padding(x.reshape(*value.shape[:-1], -1), mask), None)
         e = error.reshape(x.shape[0], -1).astype(mx.float32)
         parts = [x.T @ x, x.T @ mx.take(e, mx.array(self.outputs), axis=-1)]
         mx.eval(parts)

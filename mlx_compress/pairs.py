@@ -16,12 +16,12 @@ import numpy as np
 from .data import read_records
 from .errors import InputError
 from .labelled import Choose, Found
+from .padding import MASK
 from .program import Program
 from .tasks import similarity
 
 SENTENCES, SCORE = ("sentence1", "sentence2"), "score"
 SCALES = (1.0, 5.0)
-MASK = "attention_mask"
 POOLING = Path("1_Pooling", "config.json")
 POOLINGS = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls"}
 UNBOUNDED = 2**20  # tokenizers without a limit give a number far above this

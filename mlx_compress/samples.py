@@ -17,7 +17,8 @@ import numpy as np
 from .data import locate
 from .errors import InputError
 from .labelled import has_labels, read_labelled
-from .pairs import MASK, read_pairs
+from .padding import MASK
+from .pairs import read_pairs
 from .program import Program
 from .sizes import sizes_of
 from .tasks import Task
@@ -31,7 +32,8 @@ class Samples:
 
     `batches` hold the inputs in the program's order, `size` samples each, with one row for a
     sample, or two for a pair: all first sentences, then all second ones. A last batch may be
-    filled up with samples that `targets` [N] lacks; these are computed, and count nowhere.
+    filled up with samples that `targets` [N] lacks; these are computed, and count nowhere. `mask`
+    is the number of the input that says which tokens count, if there is one.
     """
 
     batches: list[list[mx.array]]
@@ -40,6 +42,7 @@ class Samples:
     task: Task
     path: Path
     notice: str = ""
+    mask: int | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -65,6 +68,11 @@ class Samples:
         if chosen is None:
             return self.task.score(answers, self.targets)
         return self.task.score(answers[chosen], self.targets[chosen])
+
+    @property
+    def masks(self) -> list[mx.array] | None:
+        """Of each batch: which tokens count, [rows, tokens]."""
+        return None if self.mask is None else [batch[self.mask] for batch in self.batches]
 
     def sizes(self, program: Program) -> dict[str, int]:
         """The program's sizes at a batch, for `program.at`. Raises `InputError` for another's."""
@@ -128,7 +136,8 @@ def read_samples(
             )
     notice = " ".join(filter(None, (notice, found.notice, short)))
     batches = _batches(program, found.inputs, held, size)
-    samples = Samples(batches, found.targets[:held], size, found.task, path, notice)
+    mask = program.inputs.index(MASK) if MASK in program.inputs else None
+    samples = Samples(batches, found.targets[:held], size, found.task, path, notice, mask)
     try:
         samples.sizes(program)
     except InputError as error:

@@ -51,6 +51,7 @@ def refit_in_sequence(
     fetch: Fetch,
     *,
     held_out: Sequence[Sequence[mx.array]] = (),
+    masks: Sequence[mx.array] | None = None,
     start: Cutter | None = None,
     mend: bool = True,
     progress: Progress = silent,
@@ -58,15 +59,16 @@ def refit_in_sequence(
     """The cutter for a plan, fitted on `batches` of the graph's inputs, in its shapes.
 
     Lambda is chosen on `held_out`, by default the last quarter of the batches, which then does not
-    count among them. It begins with the weights that `start` gives, by default the kept ones as
-    they are. Without `mend` only weights that read what is removed are fitted. Keeps the
-    activations between two layers, twice, in memory, and the fitted weights in their own dtype.
+    count among them. `masks` say which tokens of each of these batches count. It begins with the
+    weights that `start` gives, by default the kept ones as they are. Without `mend` only weights
+    that read what is removed are fitted. Keeps the activations between two layers, twice, in
+    memory, and the fitted weights in their own dtype.
     """
     assert can_run(named, plan)
     every = [*batches, *held_out]
     count = len(batches) if held_out else len(batches) - len(batches) // 4
     fits, left = fits_of(named, plan, mend=mend)
-    run = _Run(named, plan, fetch, Fitted(start or pruner(named, plan), left=left), count)
+    run = _Run(named, plan, fetch, Fitted(start or pruner(named, plan), left=left), count, masks)
     dense = pruned = [dict(zip(named.graph.inputs, batch, strict=True)) for batch in every]
     pieces = stages(named.graph, fits)
     for k, stage in enumerate(pieces):
@@ -79,9 +81,12 @@ class _Run:
     """`dense` and `pruned` are what each model has computed for every batch, by value id; they are
     one list as long as the two are the same."""
 
-    def __init__(self, named: NamedAxes, plan: PrunePlan, fetch: Fetch, cutter: Fitted, count: int):
+    def __init__(
+        self, named: NamedAxes, plan: PrunePlan, fetch: Fetch, cutter: Fitted, count: int, masks
+    ):
         self.named, self.plan, self.fetch, self.cutter = named, plan, fetch, cutter
         self.count = count  # of batches that are fitted; the others are judged on
+        self.masks = masks
         self.graph = named.graph
         self.gone = dropped_parameters(named, plan)
 
@@ -136,7 +141,9 @@ class _Run:
         sums = Sums(place.window, fit.keep, fit.outputs, biased=target.bias is not None)
         for b, (values, want) in enumerate(zip(pruned, wanted, strict=True)):
             got, taps = self._execute(piece, weights, values, [place.value], ends=[target.end])
-            sums.add(taps[place.value], want - got[target.end], judged=b >= self.count)
+            mask = None if self.masks is None else self.masks[b]
+            error = want - got[target.end]
+            sums.add(taps[place.value], error, judged=b >= self.count, mask=mask)
         change, lam = sums.change()
         if change is None:
             return
