@@ -26,7 +26,8 @@ from ..program import Program
 from ..quantize import quantize_program
 from ..report import machine, write_report
 from ..shrink import plan_program, save_pruned_program
-from .networks import cifar10_test, sentence_pairs, similarities, spearman, trained_resnet
+from ..tasks import spearman
+from .networks import cifar10_test, sentence_pairs, similarities, trained_resnet
 
 TARGETS = ("torch", "onnx", "coreml")
 RATIO, IMAGES, PAIRS, WINDOWS, TOKENS = 0.3, 200, 100, 8, 64

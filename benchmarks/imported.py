@@ -28,7 +28,8 @@ from ..options import Options
 from ..program import Program, prune_program, with_weights
 from ..prune import zero_parameters
 from ..report import machine, write_report
-from .networks import cifar10_test, sentence_pairs, similarities, spearman, trained_resnet
+from ..tasks import spearman
+from .networks import cifar10_test, sentence_pairs, similarities, trained_resnet
 
 DEPTHS = (20, 32, 44, 56)
 ENCODER = "all-MiniLM-L6-v2"

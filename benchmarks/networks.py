@@ -142,13 +142,3 @@ def similarities(folder: Path, encode: Callable, pairs: Sequence) -> tuple[np.nd
     unit = np.concatenate(vectors)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     return (unit[::2] * unit[1::2]).sum(1), np.array([score for _, _, score in pairs])
-
-
-def spearman(left: np.ndarray, right: np.ndarray) -> float:
-    """The correlation of ranks; ties share their mean rank."""
-
-    def ranks(values):
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(count) - (count - 1) / 2)[place]
-
-    return float(np.corrcoef(ranks(left), ranks(right))[0, 1])

@@ -39,7 +39,7 @@ def with_biases(model: LanguageModel) -> LanguageModel:
         raise InputError(f"--biases: no config of {kind!r} adds biases ({held}); leave it out.")
     fields = ", ".join(name for name in config if config[name] is not model.config.get(name))
     found = _zero_filled(model, config, added)
-    found.notes.append(f"{len(added)} biases are put on by {fields}; a refit in sequence fills them")
+    found.notes.append(f"{fields}: {len(added)} biases put on; a refit in sequence fills them")
     return found
 
 

@@ -22,7 +22,7 @@ def run_demo(mlx_path: Path | None) -> None:
     """Run it; `mlx_path` keeps the pruned model."""
     if mlx_path is not None:
         check_free(mlx_path)
-    started = time.perf_counter()
+    started, heard = time.perf_counter(), []
     folder = Path(str(files("mlx_compress") / "assets"))
     model = recipe.open_model(folder / "books5m")
     jobs.out.rule("What can be pruned in a Llama of 5.5M parameters")
@@ -31,9 +31,11 @@ def run_demo(mlx_path: Path | None) -> None:
     with _place(mlx_path) as out:
         with jobs.progress_bars() as progress:
             report = recipe.compress(
-                model, OPTIONS, folder / "books", out, on_plan=jobs.tell_plan, progress=progress
-            )
+                model, OPTIONS, folder / "books", out,
+                on_plan=lambda planned: heard.append(jobs.tell_plan(planned)), progress=progress,
+            )  # fmt: skip
         jobs.tell_report(report)
+        jobs.tell_notes(report["notes"][heard[-1] :])
     jobs.out.print(f"[bold]Done in {time.perf_counter() - started:.0f} s.[/]")
     if mlx_path is not None:
         jobs.tell_saved(mlx_path)

@@ -16,7 +16,8 @@ from .archive import read_record
 from .axes import named_axes
 from .bridges.measure import evaluate_folders
 from .checkpoint import check_free
-from .errors import InputError
+from .errors import GateFailed, InputError
+from .gate import rejected
 from .options import Options
 from .plan import diff as plan_diff
 from .report import comparison_table, write_report
@@ -60,11 +61,15 @@ def compress(
         nonlocal heard
         heard = tell_plan(planned)
 
-    with progress_bars() as progress:
-        report = road.compress(
-            source, options, data, mlx_path, plan=saved, carrier=carrier, kept=kept,
-            on_plan=on_plan, progress=progress,
-        )  # fmt: skip
+    try:
+        with progress_bars() as progress:
+            report = road.compress(
+                source, options, data, mlx_path, plan=saved, carrier=carrier, kept=kept,
+                on_plan=on_plan, progress=progress,
+            )  # fmt: skip
+    except GateFailed:
+        tell_report(json.loads((rejected(mlx_path) / "report.json").read_text(encoding="utf8")))
+        raise
     tell_report(report)
     tell_notes(report["notes"][heard:])
     tell_saved(mlx_path)

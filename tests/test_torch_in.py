@@ -11,7 +11,6 @@ from mlx_compress.benchmarks.networks import (
     resnet,
     sentence_pairs,
     similarities,
-    spearman,
     trained_resnet,
 )
 from mlx_compress.bridges.torch import from_hf, from_torch, to_torch
@@ -25,6 +24,7 @@ from mlx_compress.edit import edit_graph
 from mlx_compress.execute import run
 from mlx_compress.graph import trace
 from mlx_compress.prune import prune_parameters, zero_parameters
+from mlx_compress.tasks import spearman
 
 TOLERANCE = 1e-4
 DATA = Path(__file__).parents[2] / "shared" / "data"
