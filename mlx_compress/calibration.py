@@ -5,7 +5,8 @@ statistics come from the others, and what was decided by them is judged on these
 kept on disk between runs where a folder is given for them (`store.py`).
 """
 
-from collections.abc import Callable, Mapping, MutableMapping
+import math
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +60,7 @@ class Calibration:
     bytes_per_token: float | None = None
     _collected: dict = field(default_factory=dict, repr=False)
     _named: dict = field(default_factory=dict, repr=False)
+    _fit: tuple[PrunePlan, tuple[Cutter, dict]] | None = field(default=None, repr=False)
 
     @cached_property
     def _all(self) -> Samples:
@@ -203,11 +205,26 @@ class Calibration:
         return self.losses(plan, cut, self.held_out if samples is None else samples)
 
     def fitted(self, plan: PrunePlan, dims: list[Dimension]) -> tuple[Cutter, dict]:
-        """The cutter to save with, and what to record of it: how it was fitted, and why so.
+        """The cutter to save with, and what to record of it: how it was fitted, and why so."""
+        if self._fit is None or self._fit[0].cuts != plan.cuts:
+            self._fit = plan, self._fitted(plan, dims)
+        return self._fit[1]
 
-        The closed form is followed by a sequential refit, which is kept where the held-out loss
-        is lower with it.
-        """
+    def fittest(self, plans: Sequence[PrunePlan], dims: list[Dimension]) -> PrunePlan:
+        """The plan that loses least on held-out samples once it is `fitted`, the first if none can
+        be judged so."""
+        lowest, found = math.inf, None
+        for plan in plans if len(plans) > 1 else ():
+            fit = self._fitted(plan, dims)
+            loss = min(fit[1].get("held_out", {}).values(), default=math.inf)
+            if found is None or loss < lowest:
+                lowest, found = loss, (plan, fit)
+        self._fit = found or self._fit
+        return found[0] if found else plans[0]
+
+    def _fitted(self, plan: PrunePlan, dims: list[Dimension]) -> tuple[Cutter, dict]:
+        """The closed form is followed by a sequential refit, which is kept where the held-out loss
+        is lower with it."""
         if not self.options.refit:
             return self._recalibrated(plan)
         closed = self.closed_form(plan, dims)
@@ -215,7 +232,7 @@ class Calibration:
             return closed, {}
         unit = "tokens" if self.samples.task is NEXT_TOKEN else "rows"
         few = too_few(self.named, plan, self.statistics(dims), unit)
-        self.notes += [few] if few else []
+        self.notes += [few] if few and few not in self.notes else []
         if not can_run(self.named, plan) or len(self._all.batches) < 2:
             return closed, {"method": "closed form"}
         sequential = refit_in_sequence(

@@ -114,6 +114,13 @@ class Search:
         within = [t for t in done if t.spent <= self.goal * (1 + SLACK)]
         return min(within, key=lambda t: t.loss, default=None)
 
+    def finalists(self, done: Sequence[Trial]) -> list[dict[str, int]]:
+        """The starts and the knapsack's allocation, as far as they are within the budget."""
+        losses = {_key(t.counts): t.loss for t in done}
+        found = [dict(counts) for counts in self.starts] + [self.knapsack(losses)]
+        within = [c for c in found if c is not None and self.spending(c) <= self.goal * (1 + SLACK)]
+        return list({_key(counts): counts for counts in within}.values())
+
     def spending(self, counts: Counts) -> float:
         if _key(counts) not in self._spent:
             self._spent[_key(counts)] = self.spent(counts)

@@ -92,8 +92,10 @@ def search_plan(
 ) -> tuple[PrunePlan, dict]:
     """The plan within a budget that loses least on held-out samples, and what to record of it.
 
-    `starts` are counts by dimension; `holds(plan)` says whether it can be saved. Raises
-    `InputError` where no plan is within the budget.
+    Trials are refitted in closed form. The best of them, the starts and the knapsack's allocation
+    are then fitted as they would be saved, and judged again. `starts` are counts by dimension;
+    `holds(plan)` says whether it can be saved. Raises `InputError` where no plan is within the
+    budget.
     """
     dims = list(dims)
     calibration.statistics(dims)
@@ -115,11 +117,14 @@ def search_plan(
     name = store_key(*calibration.identity(), repr(options), *(s.name for s in sites), repr(goal))
     done = run_search(search, loss, storage=storage, name=name, progress=calibration.progress)
     best, first = search.best(done), len(search.table)
+    finals = [counts for counts in search.finalists(done) if counts != best.counts]
+    plans = [plan_of(named, sites, counts) for counts in (best.counts, *finals)]
+    plan = calibration.fittest([plan for plan in plans if holds(plan)], dims)
     record = {
         "trials": len(done),
         "dense": done[0].loss,
         "start": done[first].loss if len(done) > first else None,
         "best": best.loss,
-        "counts": best.counts,
+        "counts": plan.counts(),
     }
-    return plan_of(named, sites, best.counts), record
+    return plan, record

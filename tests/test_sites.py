@@ -108,3 +108,34 @@ def test_a_plan_that_cannot_be_held_is_never_chosen(calibrated, parts):
         calibrated, named, dims, sites, spent(named), 0.7, OPTIONS, holds=whole_layers
     )
     assert whole_layers(plan)
+
+
+def test_the_last_word_has_the_loss_after_the_whole_refit(calibrated, parts, monkeypatch):
+    named, dims, layers, scores = parts
+    sites = sites_of(dims, layers, scores, together=True)
+    uniform = {dim.name: round(0.6 * dim.size) for dim in dims}
+    seen = []
+
+    def loss(plan):
+        """The more channels a plan keeps the better, whatever the search found."""
+        return 1 / (1 + sum(n for name, n in plan.counts().items() if "channels" in name))
+
+    def fitted(plan, dims):
+        seen.append(plan)
+        return None, {"held_out": {"sequential": loss(plan), "closed form": 2.0}}
+
+    monkeypatch.setattr(calibrated, "_fitted", fitted)
+    plan, record = search_plan(
+        calibrated, named, dims, sites, spent(named), 0.7, OPTIONS, starts=[uniform]
+    )
+    assert len(seen) >= 2 and plan.cuts == min(seen, key=loss).cuts
+    assert record["counts"] == plan.counts()
+    asked = len(seen)
+    assert calibrated.fitted(plan, dims)[1]["held_out"] and len(seen) == asked  # not fitted again
+
+
+def test_a_single_plan_is_not_fitted_before_it_is_saved(calibrated, parts, monkeypatch):
+    named, dims, *_ = parts
+    monkeypatch.setattr(calibrated, "_fitted", lambda *_: pytest.fail("it was fitted"))
+    plan = plan_of(named, [], {})
+    assert calibrated.fittest([plan], dims) is plan
