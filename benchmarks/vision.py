@@ -43,20 +43,20 @@ BATCH = 50
 
 @dataclass(frozen=True)
 class Method:
-    """`trials` of a search for counts of each layer; 0 for the same share everywhere."""
+    """`searched`: counts of each layer are found by trials; else the same share everywhere."""
 
     name: str
     importance: str
     refit: bool
-    trials: int = 0
+    searched: bool = False
 
 
 METHODS = (
     Method("random", "random", False),
     Method("magnitude", "magnitude", False),
     Method("magnitude, refitted", "magnitude", True),
-    Method("magnitude, refitted, searched", "magnitude", True, 24),
-    Method("second order, refitted, searched", "osscar", True, 24),
+    Method("magnitude, refitted, searched", "magnitude", True, searched=True),
+    Method("second order, refitted, searched", "osscar", True, searched=True),
 )
 
 
@@ -95,13 +95,13 @@ def write_network(data: Path, depth: int, folder: Path) -> Program:
 
 def measure(
     program: Program, folder: Path, data: Path, depth: int, speedup: float, method: Method,
-    samples: int,
+    samples: int, trials: int,
 ) -> Row:  # fmt: skip
     """One method at one speed-up."""
     started = time.perf_counter()
     options = Options(
         macs=1 / speedup, importance=method.importance, refit=method.refit, dims=("channels",),
-        calibration_samples=samples, batch_size=BATCH, max_trials=method.trials,
+        calibration_samples=samples, batch_size=BATCH, max_trials=trials * method.searched,
     )  # fmt: skip
     calibration = on_samples(
         program, data, options, [], folder=folder, kept=folder / "statistics"
@@ -127,7 +127,9 @@ def _accuracy(program: Program, test: Samples) -> float:
     return test.score(score_samples(program, test)[1])
 
 
-def rows(data: Path, depths, speedups, samples: int, done: list[Row]) -> Iterator[Row]:
+def rows(
+    data: Path, depths, speedups, samples: int, trials: int, done: list[Row]
+) -> Iterator[Row]:
     """What is not done yet."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
@@ -139,7 +141,9 @@ def rows(data: Path, depths, speedups, samples: int, done: list[Row]) -> Iterato
                 for method in METHODS:
                     key = (depth, speedup, method.name)
                     if key not in {(r.depth, r.asked, r.method) for r in done}:
-                        yield measure(program, folder, place, depth, speedup, method, samples)
+                        yield measure(
+                            program, folder, place, depth, speedup, method, samples, trials
+                        )
 
 
 def peers() -> dict[tuple[int, float], tuple[str, float, float]]:
@@ -177,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--depths", default="20,56")
     parser.add_argument("--speedups", default="2.1,3", help="of MACs")
     parser.add_argument("--samples", type=int, default=2000, help="images to calibrate on")
+    parser.add_argument("--trials", type=int, default=24, help="of a search, after its table")
     parser.add_argument("--out", type=Path, default=RESULTS / "vision.json")
     args = parser.parse_args(argv)
     with exit_on_error():
@@ -184,7 +189,8 @@ def main(argv: list[str] | None = None) -> None:
         held = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
         result = [Row(**row) for row in held]
         console = Console(width=140)
-        for row in rows(args.data, list(depths), list(speedups), args.samples, result):
+        asked = (list(depths), list(speedups), args.samples, args.trials)
+        for row in rows(args.data, *asked, result):
             result.append(row)
             document = {**machine(), "samples": args.samples, "rows": [asdict(r) for r in result]}
             write_report(document, args.out)
