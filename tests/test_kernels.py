@@ -10,7 +10,7 @@ from mlx_compress.benchmarks import fused as benchmark
 from mlx_compress.kernels import kl, projected
 from mlx_compress.kernels.projected import projected_grads, projected_loss
 
-import reference
+import reference_distillation as reference
 
 N, D, V, TEACHER_D = 23, 6, 37, 5
 

@@ -9,7 +9,7 @@ import pytest
 from mlx_compress.kernels import kl
 
 import metal_on_cpu
-import reference
+import reference_distillation as reference
 from test_kernels import assert_close, plain_kl
 
 DIRECTIONS = pytest.mark.parametrize("forward", [True, False], ids=["forward", "reverse"])

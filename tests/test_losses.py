@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference
+import reference_distillation as reference
 from mlx_compress.errors import InputError
 from mlx_compress.losses import (
     LOSSES,

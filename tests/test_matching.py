@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import reference
+import reference_distillation as reference
 from mlx_compress.errors import InputError
 from mlx_compress.matching import attention_loss, hidden_loss
 
