@@ -51,7 +51,8 @@ def measure(model: str, data: str, samples: int, kills: int, seed: int, say=prin
         arguments = command(model, data, place / "killed", place / "s2", samples)
         rng, moments = random.Random(seed), []
         for _ in range(kills):
-            moments.append(_kill(arguments, rng.uniform(0, seconds)))
+            # So that all of them together take about as long as the whole.
+            moments.append(_kill(arguments, rng.uniform(0, 2 * seconds / kills)))
             if (place / "killed").exists():
                 break
             say(f"killed after {moments[-1]:.0f} s")
