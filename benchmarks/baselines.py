@@ -130,16 +130,19 @@ def float32(module: nn.Module) -> nn.Module:
 
 
 def _auto(bench: Bench, aim: Aim, seed: int) -> Pruned:
-    return _fitted(bench, aim, best_plan(bench.calibration, aim.dims, aim.wanted).winner.plan)
+    plan = best_plan(bench.calibration, aim.dims, aim.wanted).winner.plan
+    return _fitted(bench, bench.calibration, aim, plan)
 
 
 def _searched(bench: Bench, aim: Aim, seed: int) -> Pruned:
     options = replace(aim.options, importance="auto", max_trials=TRIALS)
+    budget = language_budget(bench.model, options)
+    calibration = replace(bench.calibration, options=options, budget=budget)
     plan, _ = choose_plan(
-        replace(bench.calibration, options=options, budget=language_budget(bench.model, options)),
-        bench.named, aim.dims, [], aim.wanted, together=True, holds=partial(_holds, bench),
+        calibration, bench.named, aim.dims, [], aim.wanted,
+        together=True, holds=partial(_holds, bench),
     )  # fmt: skip
-    return _fitted(bench, aim, plan)
+    return _fitted(bench, calibration, aim, plan)
 
 
 def _holds(bench: Bench, plan: PrunePlan) -> bool:
@@ -150,8 +153,8 @@ def _holds(bench: Bench, plan: PrunePlan) -> bool:
     return True
 
 
-def _fitted(bench: Bench, aim: Aim, plan: PrunePlan) -> Pruned:
-    cut, record = bench.calibration.fitted(plan, aim.dims)
+def _fitted(bench: Bench, calibration: Calibration, aim: Aim, plan: PrunePlan) -> Pruned:
+    cut, record = calibration.fitted(plan, aim.dims)
     module = pruned_module(bench.model, bench.named, plan, cut)
     chosen = plan.recipe.get("chosen", plan.recipe["importance"])
     return Pruned(plan, module, {"criterion": chosen, "refit": record})

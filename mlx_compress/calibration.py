@@ -60,7 +60,9 @@ class Calibration:
     bytes_per_token: float | None = None
     _collected: dict = field(default_factory=dict, repr=False)
     _named: dict = field(default_factory=dict, repr=False)
-    _fit: tuple[PrunePlan, tuple[Cutter, dict]] | None = field(default=None, repr=False)
+    _fit: tuple[PrunePlan, tuple[Cutter, dict]] | None = field(
+        default=None, init=False, repr=False
+    )
 
     @cached_property
     def _all(self) -> Samples:
@@ -211,16 +213,17 @@ class Calibration:
         return self._fit[1]
 
     def fittest(self, plans: Sequence[PrunePlan], dims: list[Dimension]) -> PrunePlan:
-        """The plan that loses least on held-out samples once it is `fitted`, the first if none can
-        be judged so."""
-        lowest, found = math.inf, None
-        for plan in plans if len(plans) > 1 else ():
-            fit = self._fitted(plan, dims)
-            loss = min(fit[1].get("held_out", {}).values(), default=math.inf)
-            if found is None or loss < lowest:
-                lowest, found = loss, (plan, fit)
-        self._fit = found or self._fit
-        return found[0] if found else plans[0]
+        """The plan that loses least on held-out samples once it is `fitted`."""
+        if len(plans) == 1:
+            return plans[0]
+        lowest = math.inf
+        for plan in plans:
+            cut, record = self._fitted(plan, dims)
+            judged = record.get("held_out")
+            loss = min(judged.values()) if judged else self.losses(plan, cut, self.held_out).mean()
+            if loss < lowest:
+                lowest, self._fit = loss, (plan, (cut, record))
+        return self._fit[0]
 
     def _fitted(self, plan: PrunePlan, dims: list[Dimension]) -> tuple[Cutter, dict]:
         """The closed form is followed by a sequential refit, which is kept where the held-out loss

@@ -78,8 +78,16 @@ def rejected(out: Path) -> Path:
     return out.with_name(f"{out.name}.rejected")
 
 
+class Rejected(GateFailed):
+    """A model that loses more than was allowed; `folder` holds it and its report."""
+
+    def __init__(self, text: str, folder: Path):
+        super().__init__(text)
+        self.folder = folder
+
+
 def pass_gate(planned, dense: float, compressed: float, samples: Samples, out: Path) -> None:
-    """Set a model that loses too much aside, and say what would pass. Raises `GateFailed`.
+    """Set a model that loses too much aside, and say what would pass. Raises `Rejected`.
 
     `planned` is what was saved to `out`, with the calibration that it stands on; the losses are
     those of both models on `samples`.
@@ -93,9 +101,10 @@ def pass_gate(planned, dense: float, compressed: float, samples: Samples, out: P
     budget = planned.calibration.budget
     whole = 1.0 if budget is None else budget.dense()
     passing = _what_passes(planned, dense, samples, whole)
-    raise GateFailed(
+    raise Rejected(
         f"the loss rises by {found:.3g} ({options.drop_type}), --max-drop {options.max_drop:g} is "
-        f"allowed; kept aside as {aside}; {words(options, passing, whole)}."
+        f"allowed; kept aside as {aside}; {words(options, passing, whole)}.",
+        aside,
     )
 
 

@@ -16,8 +16,8 @@ from .archive import read_record
 from .axes import named_axes
 from .bridges.measure import evaluate_folders
 from .checkpoint import check_free
-from .errors import GateFailed, InputError
-from .gate import rejected
+from .errors import InputError
+from .gate import Rejected
 from .options import Options
 from .plan import diff as plan_diff
 from .report import comparison_table, write_report
@@ -67,8 +67,9 @@ def compress(
                 source, options, data, mlx_path, plan=saved, carrier=carrier, kept=kept,
                 on_plan=on_plan, progress=progress,
             )  # fmt: skip
-    except GateFailed:
-        tell_report(json.loads((rejected(mlx_path) / "report.json").read_text(encoding="utf8")))
+    except Rejected as kept_aside:
+        report = (kept_aside.folder / "report.json").read_text(encoding="utf8")
+        tell_report(json.loads(report))
         raise
     tell_report(report)
     tell_notes(report["notes"][heard:])

@@ -99,6 +99,7 @@ def test_a_program_that_loses_too_much_is_kept_aside_with_what_would_pass(call, 
     command = ("--model", net, "--data", data, "--mlx-path", out, "--importance", "magnitude")
     result = call(*command, *FEW, "--pruning-ratio", 0.8, "--max-drop", 1e-3, "--no-refit")
     refused(result, "the loss rises by", "out.rejected", "would", code=3)
+    assert "top-1" in result[1].lower() and "compressed" in result[1]
     report = json.loads((tmp_path / "out.rejected" / "report.json").read_text())
     assert report["compressed"]["loss"] > report["dense"]["loss"] and not out.exists()
     result = call(*command, *FEW, *HALF, "--max-drop", 1)

@@ -139,3 +139,19 @@ def test_a_single_plan_is_not_fitted_before_it_is_saved(calibrated, parts, monke
     monkeypatch.setattr(calibrated, "_fitted", lambda *_: pytest.fail("it was fitted"))
     plan = plan_of(named, [], {})
     assert calibrated.fittest([plan], dims) is plan
+
+
+def test_whole_layers_are_judged_beside_units_though_no_weight_is_fitted(calibrated, parts):
+    named, dims, layers, scores = parts
+    sites = sites_of(dims, layers, scores, together=True)
+    whole = {site.name: site.size for site in sites}
+    units = next(site for site in sites if "channels" in site.name)
+    depth = next(site for site in sites if site.name in {d.name for d in layers})
+    plans = [plan_of(named, sites, whole | {s.name: s.levels()[-1]}) for s in (depth, units)]
+    losses = []
+    for plan in plans:
+        cut, record = calibrated._fitted(plan, dims)
+        losses.append(float(calibrated.losses(plan, cut, calibrated.held_out).mean()))
+    assert not calibrated._fitted(plans[0], dims)[1]  # nothing to fit, so no record
+    for order in (plans, plans[::-1]):
+        assert calibrated.fittest(order, dims).cuts == plans[int(np.argmin(losses))].cuts
