@@ -22,7 +22,7 @@ TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 def forward_kl(
     student_logits: mx.array, teacher_logits: mx.array, *, temperature: float = 1.0
 ) -> mx.array:
-    """KL(p || q) in nats, float32 [...], of logits [..., V] divided by the temperature.
+    """T^2 KL(p || q) in nats, float32 [...], of logits [..., V] divided by the temperature T.
 
     Classes to which p gives nothing count nothing, whatever their logits. Both gradients are exact.
     Raises ValueError where shapes differ or the temperature is not above 0.
@@ -64,7 +64,7 @@ def _divergence(student, teacher, temperature, *, forward: bool) -> mx.array:
         )
         return by_student, by_teacher
 
-    return nats_and_slope(student, teacher)[0]
+    return temperature**2 * nats_and_slope(student, teacher)[0]
 
 
 def reference_rows(

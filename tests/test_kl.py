@@ -10,6 +10,7 @@ from mlx_compress.kernels import kl
 
 import metal_on_cpu
 import reference_distillation as reference
+from mlx_compress import losses
 from test_kernels import assert_close, plain_kl
 
 DIRECTIONS = pytest.mark.parametrize("forward", [True, False], ids=["forward", "reverse"])
@@ -35,8 +36,22 @@ def test_divergence_and_slope_equal_a_loop(forward, temperature):
     for place in np.ndindex(2, 3):
         rows = [np.asarray(each)[place].astype(float) for each in (student, teacher)]
         wanted, by_logit = reference.kl_row(*rows, temperature=temperature, forward=forward)
-        assert_close([nats[place]], [wanted])
-        assert_close([slope[place]], [np.array(by_logit) * weights[place].item()])
+        assert_close([nats[place]], [temperature**2 * wanted])
+        scale = temperature**2 * weights[place].item()
+        assert_close([slope[place]], [scale * np.array(by_logit)])
+
+
+@DIRECTIONS
+def test_the_kernels_loss_is_the_one_of_that_name_in_losses(forward):
+    student, teacher = logits((4, 9))
+    name = "forward_kl" if forward else "reverse_kl"
+
+    def at(module):
+        loss = getattr(module, name)
+        return mx.value_and_grad(lambda s: loss(s, teacher, temperature=2.5).sum())(student)
+
+    found = at(kl), at(losses)
+    assert_close(found[0], found[1])
 
 
 @DIRECTIONS
