@@ -33,7 +33,7 @@ def evaluate_folders(
 
 def check_memory(*models: LanguageModel | None) -> None:
     """Raise `ResourceError` when the models together are larger than this machine's memory."""
-    needs = sum(_loaded_bytes(model) for model in models if model is not None)
+    needs = sum(loaded_bytes(model) for model in models if model is not None)
     has = machine()["memory_bytes"]
     if needs > has:
         raise ResourceError(
@@ -42,7 +42,8 @@ def check_memory(*models: LanguageModel | None) -> None:
         )
 
 
-def _loaded_bytes(model: LanguageModel) -> int:
+def loaded_bytes(model: LanguageModel) -> int:
+    """Bytes of the weights as they are loaded to be run."""
     whole = mx.default_device().type == mx.DeviceType.cpu
     return sum(
         array.size * (4 if whole else array.dtype.size)

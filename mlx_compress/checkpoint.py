@@ -70,7 +70,7 @@ def new_folder(
         for folder in above:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        if _is_disk_full(error):
+        if is_disk_full(error):
             raise ResourceError(f"{path}: the disk is full; nothing was written.") from error
         if work is None and isinstance(error, OSError):
             raise InputError(f"{flag} {path}: cannot be made ({error.strerror}).") from error
@@ -94,7 +94,7 @@ def check_free(path: str | Path, needs_bytes: int = 0, *, flag: str = "--mlx-pat
         )
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return full or isinstance(error, RuntimeError) and "Unable to write" in str(error)
 

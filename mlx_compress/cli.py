@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from .distill_command import distill
 from .errors import InputError, exit_on_error
 from .flags import (
     Batch,
@@ -305,6 +306,9 @@ def demo(
     from .demo import run_demo
 
     run_demo(mlx_path)
+
+
+app.command("distill")(distill)
 
 
 def _options(params: dict) -> Options:

@@ -4,132 +4,143 @@ N windows, B rows of a batch, T tokens of a window, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .errors import GateFailed, InputError
-from .losses import LOSSES, TaidSchedule, cross_entropy
-from .options import among
+from .losses import LOSSES, bucketed, cross_entropy
+from .options import DistillOptions
 from .stream import Progress, silent
+from .training_state import Training, TrainingFolder, Weights
+from .training_text import Text
 
-Model = Callable[[mx.array], mx.array]
-
-
-@dataclass(frozen=True)
-class DistillOptions:
-    """How to distil.
-
-    A step reads `grad_accumulation_steps` batches of `batch_size` windows. The learning rate rises
-    over `warmup` steps, then falls along a cosine to 0 at `iters`. `hard_labels` is the weight of
-    the text's own next tokens (0 to 1) beside the teacher's. Gradients are clipped to the global
-    norm `clip`. Held-out loss is taken every `steps_per_eval` steps; after `patience` of those
-    without a better one the run ends.
-    """
-
-    loss: str = "reverse-kl"
-    iters: int = 200
-    batch_size: int = 4
-    learning_rate: float = 1e-4
-    temperature: float = 1.0
-    hard_labels: float = 0.0
-    warmup: int = 20
-    clip: float = 1.0
-    grad_accumulation_steps: int = 1
-    steps_per_eval: int = 50
-    patience: int | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        among("--loss", (self.loss,), tuple(LOSSES))
-        for name, least in (
-            ("iters", 1), ("batch_size", 1), ("warmup", 0), ("grad_accumulation_steps", 1),
-            ("steps_per_eval", 1), ("patience", 1), ("seed", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{_flag(name)} {value}: must be at least {least}.")
-        for name in ("learning_rate", "temperature", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{_flag(name)} {getattr(self, name):g}: must be more than 0.")
-        if not 0 <= self.hard_labels <= 1:
-            raise InputError(f"--hard-labels {self.hard_labels:g}: must lie between 0 and 1.")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        part = (step - self.warmup) / max(1, self.iters - self.warmup)
-        return self.learning_rate * (1 + math.cos(math.pi * part)) / 2
+Logits = Callable[[mx.array], mx.array]
+# What the teacher says of the next tokens of some windows of a text, given their tokens [B, T - 1]:
+# logits [B, T - 1, V], or the likeliest k tokens and their log-probabilities [B, T - 1, k].
+Teacher = Callable[[Text, np.ndarray, mx.array], tuple[mx.array, ...]]
+Batch = tuple[mx.array, mx.array, tuple[mx.array, ...]]  # tokens, mask, what the teacher says
+Told = Callable[[dict], None]
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def live(logits: Logits) -> Teacher:
+    """A teacher that is asked as the training goes."""
+
+    def targets(text: Text, rows: np.ndarray, inputs_BT: mx.array) -> tuple[mx.array, ...]:
+        return (logits(inputs_BT),)
+
+    return targets
+
+
+def logits_of(module: nn.Module) -> Logits:
+    """A model's logits alone, where it gives more, which come first."""
+
+    def logits(tokens_BT: mx.array) -> mx.array:
+        out = module(tokens_BT)
+        while not isinstance(out, mx.array):
+            out = out[0]
+        return out
+
+    return logits
 
 
 def distil(
-    student: nn.Module, teacher: Model, train_NT: np.ndarray, held_out_NT: np.ndarray,
-    options: DistillOptions, *, mask_NT: np.ndarray | None = None, progress: Progress = silent,
-) -> list[dict]:  # fmt: skip
-    """Train `student`, in float32, in place; it ends with the weights of its best held-out loss.
+    student: nn.Module, teacher: Teacher, train: Text, held_out: Text, options: DistillOptions,
+    folder: TrainingFolder, *, count: int | None = None, told: Told = lambda point: None,
+    progress: Progress = silent,
+) -> Training:  # fmt: skip
+    """Train the trainable parameters of `student`, in place; it ends with its best weights.
 
-    Both models give logits [B, T, V] of one V. `mask_NT` is 0 at the training tokens that are not
-    to be predicted. Returns the held-out `cross_entropy` and `divergence`, nats per token, by
-    `step`, from before the first on. Batches depend on seed and step alone. Raises `InputError`
-    for no windows, and `GateFailed` where a loss or gradient is not finite: the student then has
-    its best weights so far.
+    Goes on from what `folder` holds of this run, and keeps the state there at every evaluation, as
+    on Ctrl-C. Of the logits the first `count` are compared. The run depends on seed and step alone:
+    one that was cut off gives the same losses, to the bit. Held out are `cross_entropy` and
+    `divergence`, nats per token, from before the first step on; `told` hears of each. Raises
+    `InputError` for no windows, and `GateFailed` where a loss or gradient is not finite.
     """
-    if not len(train_NT) or not len(held_out_NT):
+    if not len(train.tokens) or not len(held_out.tokens):
         raise InputError("no windows of text to train or to evaluate on; give more --data.")
-    mask_NT = np.ones(train_NT.shape, bool) if mask_NT is None else mask_NT
-    student.set_dtype(mx.float32)
-    optimizer = optim.AdamW(learning_rate=options.learning_rate)
-    curve = [{"step": 0} | held_out(student, teacher, held_out_NT, options)]
-    best = _Best(curve[0]["divergence"], _copy(student))
-    taid = TaidSchedule()
-    for step in range(options.iters):
-        batches = [
-            (train_NT[rows], mask_NT[rows]) for rows in batch_rows(options, step, len(train_NT))
-        ]
-        loss = _update(student, teacher, batches, optimizer, options, options.rate(step), taid.t)
-        if not math.isfinite(loss):
-            student.update(best.weights)
-            raise GateFailed(
-                f"step {step + 1}: the loss is not finite; lower --learning-rate "
-                f"{options.learning_rate:g} or --clip {options.clip:g}."
-            )
-        taid = taid.after(loss, (step + 1) / options.iters)
-        if (step + 1) % options.steps_per_eval == 0 or step + 1 == options.iters:
-            curve.append({"step": step + 1} | held_out(student, teacher, held_out_NT, options))
-            best.see(curve[-1]["divergence"], student)
-        progress("distil", step + 1, options.iters)
-        if options.patience and best.stale >= options.patience:
-            break
-    student.update(best.weights)
-    return curve
+    dtype = getattr(mx, options.dtype)
+    student.set_dtype(dtype)
+    ask = lambda text, rows: _batch(teacher, text, rows, options)  # noqa: E731
+
+    def judge(training: Training) -> None:
+        point = measured(student, ask, held_out, options, count)
+        better = training.judge(point, point[_judged_by(options)])
+        folder.save(training, training.weights if better else None)
+        told(training.curve[-1])
+
+    training = folder.open()
+    if training is None:
+        training = _start(student, options)
+        judge(training)
+    try:
+        while training.step < options.iters and not _stale(training, options):
+            _set(student, training.weights, dtype)
+            rows = batch_rows(options, training.step, len(train.tokens))
+            batches = [ask(train, part) for part in rows]
+            training = _advanced(student, training, batches, options, count, folder)
+            if training.step % options.steps_per_eval == 0 or training.step == options.iters:
+                _set(student, training.weights, dtype)
+                judge(training)
+            progress("distil", training.step, options.iters)
+    except KeyboardInterrupt:
+        folder.save(training)
+        raise
+    _set(student, folder.best(training), mx.float32)
+    mx.eval(student.parameters())
+    return training
 
 
-@dataclass
-class _Best:
-    nats: float
-    weights: dict
-    stale: int = 0
-
-    def see(self, nats: float, student: nn.Module) -> None:
-        if nats < self.nats:
-            self.nats, self.weights, self.stale = nats, _copy(student), 0
-        else:
-            self.stale += 1
+def _start(student: nn.Module, options: DistillOptions) -> Training:
+    weights = {p: a.astype(mx.float32) for p, a in tree_flatten(student.trainable_parameters())}
+    optimizer = _optimizer(options)
+    optimizer.init(weights)
+    return Training(weights, optimizer.state)
 
 
-def _copy(student: nn.Module) -> dict:
-    # Updates make new arrays, so holding on to the old ones is a copy.
-    return tree_map(lambda array: array, student.parameters())
+def _optimizer(options: DistillOptions) -> optim.Optimizer:
+    return optim.AdamW(learning_rate=options.learning_rate)
+
+
+def _stale(training: Training, options: DistillOptions) -> bool:
+    return options.patience is not None and training.stale >= options.patience
+
+
+def _judged_by(options: DistillOptions) -> str:
+    """Plain fine-tuning is judged by what it trains on."""
+    return "cross_entropy" if options.hard_labels == 1 else "divergence"
+
+
+def _set(student: nn.Module, weights: Weights, dtype: mx.Dtype) -> None:
+    student.update(tree_unflatten([(path, a.astype(dtype)) for path, a in weights.items()]))
+
+
+def _advanced(student, training: Training, batches, options, count, folder) -> Training:
+    """The run one step on. Raises `GateFailed` where the loss or a gradient is not finite."""
+    loss, grads = gradients(student, batches, options, training.taid.t, count)
+    grads, norm = optim.clip_grad_norm(grads, options.clip)
+    if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+        raise GateFailed(
+            f"step {training.step + 1}: the loss is not finite; lower --learning-rate "
+            f"{options.learning_rate:g} or --clip {options.clip:g}. The best weights so far are "
+            f"those of step {training.best_step}, in {folder.folder}."
+        )
+    optimizer = _optimizer(options)
+    optimizer.state = training.optimizer
+    optimizer.learning_rate = options.rate(training.step)
+    weights = optimizer.apply_gradients(grads, training.weights)
+    mx.eval(weights, optimizer.state)
+    step = training.step + 1
+    return replace(
+        training, weights=weights, optimizer=optimizer.state, step=step,
+        taid=training.taid.after(loss.item(), step / options.iters),
+        losses=[*training.losses, loss.item()],
+    )  # fmt: skip
 
 
 def batch_rows(options: DistillOptions, step: int, count: int) -> list[np.ndarray]:
@@ -141,57 +152,65 @@ def batch_rows(options: DistillOptions, step: int, count: int) -> list[np.ndarra
     return np.split(rows, options.grad_accumulation_steps)
 
 
-def held_out(student: Model, teacher: Model, tokens_NT: np.ndarray, options) -> dict[str, float]:
-    """Cross-entropy and divergence, nats per token, over all windows."""
-    sums, count = np.zeros(2), 0
-    for start in range(0, len(tokens_NT), options.batch_size):
-        tokens_BT = mx.array(tokens_NT[start : start + options.batch_size])
-        own, theirs = student(tokens_BT[:, :-1]), teacher(tokens_BT[:, :-1])
-        hard = cross_entropy(own, tokens_BT[:, 1:]).sum()
-        soft = _divergence(options, own, theirs).sum()
-        sums += [hard.item(), soft.item()]
-        count += tokens_BT[:, 1:].size
-    return dict(zip(("cross_entropy", "divergence"), (sums / count).tolist(), strict=True))
+def _batch(teacher: Teacher, text: Text, rows: np.ndarray, options: DistillOptions) -> Batch:
+    tokens_BT = mx.array(text.tokens[rows])
+    asked = options.hard_labels < 1
+    targets = teacher(text, rows, tokens_BT[:, :-1]) if asked else ()
+    return tokens_BT, mx.array(text.mask[rows]), tuple(map(mx.stop_gradient, targets))
 
 
-def _divergence(options, own, theirs, t: float = 1.0) -> mx.array:
+def measured(student: nn.Module, ask, text: Text, options, count: int | None = None) -> dict:
+    """Cross-entropy and, with a teacher, divergence: nats per token that counts, of all windows."""
+    names = ["cross_entropy"] + ["divergence"] * (options.hard_labels < 1)
+    sums, tokens = np.zeros(len(names)), 0
+    for start in range(0, len(text.tokens), options.batch_size):
+        rows = np.arange(start, min(start + options.batch_size, len(text.tokens)))
+        tokens_BT, mask_BT, targets = ask(text, rows)
+        own = logits_of(student)(tokens_BT[:, :-1])[..., :count]
+        nats = [cross_entropy(own, tokens_BT[:, 1:])]
+        nats += [divergence_of(own, targets, options, count=count)] if targets else []
+        sums += [mx.where(mask_BT[:, 1:], each, 0).sum().item() for each in nats]
+        tokens += mask_BT[:, 1:].sum().item()
+    return dict(zip(names, (sums / max(1, tokens)).tolist(), strict=True))
+
+
+def divergence_of(
+    own: mx.array, targets: tuple[mx.array, ...], options: DistillOptions, t: float = 1.0,
+    count: int | None = None,
+) -> mx.array:  # fmt: skip
+    """The options' loss of each token, from the student's first `count` logits and the targets."""
+    if len(targets) == 1:
+        theirs = targets[0][..., :count]
+    else:
+        own, theirs = bucketed(own, *targets)
     schedule = {"t": t} if options.loss == "taid" else {}
     return LOSSES[options.loss](own, theirs, temperature=options.temperature, **schedule)
 
 
 def gradients(
-    student: nn.Module, teacher: Model, batches, options, t: float = 1.0
-) -> tuple[mx.array, dict]:
-    """Mean loss, nats per token that counts in any of the batches, and its gradients.
+    student: nn.Module, batches: Sequence[Batch], options: DistillOptions, t: float = 1.0,
+    count: int | None = None,
+) -> tuple[mx.array, Weights]:  # fmt: skip
+    """Mean loss, nats per token that counts in any of the batches, and its gradients, float32.
 
     `t` is that of `taid`, the other losses have none.
     """
 
-    def total(tokens_BT, mask_BT):
-        own, theirs = student(tokens_BT[:, :-1]), mx.stop_gradient(teacher(tokens_BT[:, :-1]))
-        nats = _divergence(options, own, theirs, t)
-        nats = (1 - options.hard_labels) * nats
+    def total(tokens_BT, mask_BT, targets):
+        own = logits_of(student)(tokens_BT[:, :-1])[..., :count]
+        nats = 0
+        if targets:
+            nats = (1 - options.hard_labels) * divergence_of(own, targets, options, t, count)
         if options.hard_labels:
             nats = nats + options.hard_labels * cross_entropy(own, tokens_BT[:, 1:])
         return mx.where(mask_BT[:, 1:], nats, 0).sum()
 
-    count = max(1, sum(int(np.count_nonzero(mask[:, 1:])) for _, mask in batches))
+    tokens = max(1, sum(mask_BT[:, 1:].sum().item() for _, mask_BT, _ in batches))
     loss, sums = mx.zeros(()), None
-    for tokens_BT, mask_BT in batches:
-        nats, grads = nn.value_and_grad(student, total)(mx.array(tokens_BT), mx.array(mask_BT != 0))
+    for batch in batches:
+        nats, grads = nn.value_and_grad(student, total)(*batch)
+        grads = {path: grad.astype(mx.float32) for path, grad in tree_flatten(grads)}
         sums = grads if sums is None else tree_map(mx.add, sums, grads)
         loss = loss + nats
         mx.eval(loss, sums)  # one batch's activations at a time
-    return loss / count, tree_map(lambda grad: grad / count, sums)
-
-
-def _update(student, teacher, batches, optimizer, options, rate: float, t: float) -> float:
-    """The loss of one step; where it or a gradient is not finite, NaN, and nothing changed."""
-    loss, grads = gradients(student, teacher, batches, options, t)
-    grads, norm = optim.clip_grad_norm(grads, options.clip)
-    if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-        return math.nan
-    optimizer.learning_rate = rate
-    optimizer.update(student, grads)
-    mx.eval(student.parameters(), optimizer.state)
-    return loss.item()
+    return loss / tokens, tree_map(lambda grad: grad / tokens, sums)

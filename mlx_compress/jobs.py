@@ -18,7 +18,7 @@ from .bridges.measure import evaluate_folders
 from .checkpoint import check_free
 from .errors import InputError
 from .gate import Rejected
-from .options import Options
+from .options import DistillOptions, Options
 from .plan import diff as plan_diff
 from .report import comparison_table, write_report
 from .scoring import inspect as inspect_axes
@@ -98,6 +98,49 @@ def prune(
     if mlx_path is not None:
         tell_notes(planned.notes[heard:])
         tell_saved(mlx_path)
+
+
+def distill(
+    teacher: str, model: str, mlx_path: Path, data: Path, options: DistillOptions, *, trust
+) -> None:  # fmt: skip
+    """Train a student on a teacher, with a line for each measurement and the closing table."""
+    from . import distill_recipe
+
+    check_free(mlx_path)
+    models = []
+    for flag, name in (("--teacher", teacher), ("--model", model)):
+        if program_recipe.is_saved(name):
+            raise InputError(f"{flag} {name}: is a saved program; give a language model.")
+        models.append(recipe.open_model(name, trust_remote_code=trust))
+    work = distill_recipe.training_place(mlx_path)
+    heard = 0
+
+    def on_notes(notes: list[str]) -> None:
+        nonlocal heard
+        heard = len(notes)
+        tell_notes(notes)
+
+    try:
+        with progress_bars() as progress:
+            report = distill_recipe.distill(
+                *models, options, data, mlx_path, work=work, told=tell_point, on_notes=on_notes,
+                progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if work.exists():
+            err.print(f"Kept in {work}; the same command goes on from there.", soft_wrap=True)
+        raise
+    tell_report(report)
+    tell_notes(report["notes"][heard:])
+    tell_saved(mlx_path)
+
+
+def tell_point(point: dict) -> None:
+    """A held-out measurement on the way."""
+    told = f"step {point['step']}: {point['cross_entropy']:.4f} nats/token held out"
+    if "divergence" in point:
+        told += f", {point['divergence']:.4f} from the teacher"
+    err.print(told, highlight=False, soft_wrap=True)
 
 
 def _road(model: str):

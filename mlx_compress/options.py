@@ -17,6 +17,10 @@ QUANTIZE = ("int4", "int8", "dynamic", "static", *PALETTES)
 KV_CACHES = ("grow", "buffer")
 DROP_TYPES = ("relative", "absolute")
 DTYPES = ("float32", "float16")
+TRAINING_DTYPES = ("float32", "bfloat16")
+DIVERGENCES = (
+    "reverse-kl", "forward-kl", "js", "skew-kl", "skew-reverse-kl", "adaptive-kl", "taid",
+)  # fmt: skip
 SMALL = 8  # tokens
 # What --target can hold a model to: how it is written, and what is meant.
 BUDGETS = {
@@ -72,13 +76,10 @@ class Options:
     max_trials: int = 0
 
     def __post_init__(self):
-        for name, least in (
+        _at_least(self, (
             ("round_to", 1), ("max_trials", 0), ("calibration_samples", 1), ("eval_samples", 2),
             ("max_seq_length", 2), ("batch_size", 1),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} {getattr(self, name)}: must be at least {least}.")
+        ))  # fmt: skip
         self._check_amount()
         among("--drop-type", (self.drop_type,), DROP_TYPES)
         if self.max_drop is not None and not self.max_drop >= 0:
@@ -117,6 +118,77 @@ class Options:
 
 
 @dataclass(frozen=True)
+class DistillOptions:
+    """How to distil.
+
+    A step reads `grad_accumulation_steps` batches of `batch_size` windows of `max_seq_length`
+    tokens. The learning rate rises over `warmup` steps, then falls along a cosine to 0 at `iters`.
+    `hard_labels` is the weight of the text's own next tokens (0 to 1) beside the teacher's; at 1
+    no teacher is asked. Gradients are clipped to the global norm `clip`. `val_samples` windows are
+    held out; their loss is taken every `steps_per_eval` steps, the weights of the lowest are kept,
+    and after `patience` of those without a better one the run ends. With `mask_prompt` only answers
+    are learnt from. `dtype` is that of the student's arithmetic; its weights are held in float32.
+    With `grad_checkpoint` layers are computed a second time instead of held. A `lora_rank` above 0
+    trains adapters of that rank, which are merged at the end. `eval_samples` windows are measured
+    at last.
+    """
+
+    loss: str = "reverse-kl"
+    iters: int = 1000
+    batch_size: int = 4
+    learning_rate: float = 1e-4
+    temperature: float = 1.0
+    hard_labels: float = 0.0
+    warmup: int = 20
+    clip: float = 1.0
+    grad_accumulation_steps: int = 1
+    steps_per_eval: int = 100
+    patience: int | None = None
+    max_seq_length: int = 256
+    val_samples: int = 32
+    eval_samples: int = 128
+    mask_prompt: bool = False
+    dtype: str = "float32"
+    grad_checkpoint: bool = False
+    lora_rank: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        among("--loss", (self.loss,), DIVERGENCES)
+        among("--dtype", (self.dtype,), TRAINING_DTYPES)
+        _at_least(self, (
+            ("iters", 1), ("batch_size", 1), ("warmup", 0), ("grad_accumulation_steps", 1),
+            ("steps_per_eval", 1), ("patience", 1), ("max_seq_length", 2), ("val_samples", 1),
+            ("eval_samples", 2), ("lora_rank", 0), ("seed", 0),
+        ))  # fmt: skip
+        for name in ("learning_rate", "temperature", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{_flag(name)} {getattr(self, name):g}: must be more than 0.")
+        if not 0 <= self.hard_labels <= 1:
+            raise InputError(f"--hard-labels {self.hard_labels:g}: must lie between 0 and 1.")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        part = (step - self.warmup) / max(1, self.iters - self.warmup)
+        return self.learning_rate * (1 + math.cos(math.pi * part)) / 2
+
+    @property
+    def windows(self) -> int:
+        """How many windows all steps read."""
+        return self.iters * self.batch_size * self.grad_accumulation_steps
+
+    @property
+    def measuring(self) -> Options:
+        """How the result is measured."""
+        return Options(
+            eval_samples=self.eval_samples, max_seq_length=self.max_seq_length,
+            batch_size=self.batch_size, seed=self.seed,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """How to export.
 
@@ -149,6 +221,17 @@ class ExportOptions:
         """The sizes to compare at: of a range, a small one that lies in it."""
         return {n: s if isinstance(s, int) else min(max(s[0], SMALL), s[1])
                 for n, s in self.sizes.items()}  # fmt: skip
+
+
+def _at_least(options, bounds: tuple[tuple[str, int], ...]) -> None:
+    for name, least in bounds:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"{_flag(name)} {value}: must be at least {least}.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def among(flag: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:

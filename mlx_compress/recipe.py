@@ -55,7 +55,7 @@ from .scoring import (
     on_text,
     read_windows,
 )
-from .stream import Progress, silent, stream_forward
+from .stream import Fetch, Progress, silent, stream_forward
 
 
 @dataclass
@@ -72,6 +72,7 @@ class Planned:
     verdict: Verdict | None = None  # why this criterion
     calibration: Calibration | None = None  # what it stands on
     dims: list[Dimension] = field(default_factory=list)
+    made: dict = field(default_factory=dict)  # what else was done, for the record
 
 
 def make_plan(
@@ -172,12 +173,14 @@ def save_pruned(
     planned: Planned,
     out: str | Path,
     *,
+    fetch: Fetch | None = None,
     finish: Callable[[Path], dict] | None = None,
     progress: Progress = silent,
 ) -> dict:
     """Refit, write and prove the pruned checkpoint; returns what `compression.json` records.
 
-    `finish(folder)` may measure the proven folder and returns metrics to record; when it raises,
+    `fetch` gives the weights where they are not those of the model's folder. `finish(folder)` may
+    measure the proven folder and returns metrics to record; when it raises,
     nothing is left at `out`.
     """
     named = inspect(model)
@@ -185,16 +188,16 @@ def save_pruned(
     dtypes = _dtypes(model)
     needs = pruned_bytes(named, planned.plan, dtypes)
     with new_folder(out, needs_bytes=needs) as folder:
-        fetch = pruned_fetch(model.fetch, planned.cut or pruner(named, planned.plan))
+        pruned = pruned_fetch(fetch or model.fetch, planned.cut or pruner(named, planned.plan))
         if planned.carrier is None:
-            write_weights(folder, named, planned.plan, fetch, dtypes, progress=progress)
+            write_weights(folder, named, planned.plan, pruned, dtypes, progress=progress)
         else:
-            write_carrier(folder, fetch, named, planned.carrier, progress=progress)
+            write_carrier(folder, pruned, named, planned.carrier, progress=progress)
         write_config(folder, planned.config)
         copy_rest(model.path, folder)
-        error = _prove(model, planned, folder, dtypes)
+        error = _prove(model, planned, folder, dtypes, pruned)
         verified = {"loader": "mlx_lm.load in a fresh process", "logit_error": error}
-        record = record_of(planned, parent_record(model.path), verified)
+        record = record_of(planned, parent_record(model.path), verified) | planned.made
         record["metrics"] = finish(folder) if finish else {}
         write_record(folder, record)
     return record
@@ -204,7 +207,7 @@ def _dtypes(model: LanguageModel) -> dict[str, mx.Dtype]:
     return {path: array.dtype for path, array in tree_flatten(model.module().parameters())}
 
 
-def _prove(model, planned: Planned, folder: Path, dtypes) -> float:
+def _prove(model, planned: Planned, folder: Path, dtypes, pruned: Fetch) -> float:
     """Compare stock mlx-lm's logits with the edited graph's, on random tokens, as on disk."""
     plan = planned.plan
     named = named_axes(model.trace(mx.zeros((1, PROOF_TOKENS), mx.int32)))
@@ -217,8 +220,6 @@ def _prove(model, planned: Planned, folder: Path, dtypes) -> float:
     except InputError:  # experts that a router ranks: take the graph of the new config instead
         graph = model.trace_config(planned.config, mx.array(tokens))
         paths = {new: old for old, new in renamed_paths(named, plan).items()}
-
-    pruned = pruned_fetch(model.fetch, planned.cut or pruner(named, plan))
 
     def fetch(wanted):
         arrays = pruned([paths[path] for path in wanted])

@@ -1,27 +1,65 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
-from mlx_compress.distill import DistillOptions, batch_rows, distil, gradients
+from mlx_compress.distill import batch_rows, distil, gradients, live
 from mlx_compress.errors import GateFailed, InputError
 from mlx_compress.losses import LOSSES
+from mlx_compress.options import DIVERGENCES, DistillOptions
+from mlx_compress.training_state import TrainingFolder
+from mlx_compress.training_text import Text
 from tiny import LLAMA, VOCABULARY, build, parameters
 
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (6, 9)).astype(np.int32)
 QUICK = {"iters": 12, "warmup": 2, "learning_rate": 1e-2, "steps_per_eval": 4, "batch_size": 2}
 
 
-def flat(grads):
-    return {path: np.array(array) for path, array in tree_flatten(grads)}
+TEXT = Text("train", TOKENS, np.ones(TOKENS.shape, bool))
+HELD = Text("held out", TOKENS, TEXT.mask)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return TrainingFolder(tmp_path / "training", {"--model": "tiny"})
+
+
+def as_batch(tokens, mask, teacher):
+    tokens = mx.array(tokens)
+    return tokens, mx.array(mask), (mx.stop_gradient(teacher(tokens[:, :-1])),)
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    assert all(mx.array_equal(left[path], right[path]) for path in left)
+
+
+def test_the_losses_that_can_be_chosen_are_those_there_are():
+    assert set(DIVERGENCES) == set(LOSSES)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_student_comes_nearer_to_the_teacher(loss):
+def test_the_student_comes_nearer_to_the_teacher(loss, folder):
     student, teacher = build(LLAMA, 1), build(LLAMA, 0)
-    curve = distil(student, teacher, TOKENS, TOKENS, DistillOptions(loss=loss, **QUICK))
+    options = DistillOptions(loss=loss, **QUICK)
+    curve = distil(student, live(teacher), TEXT, HELD, options, folder).curve
     assert [point["step"] for point in curve] == [0, 4, 8, 12]
     assert min(p["divergence"] for p in curve) < 0.9 * curve[0]["divergence"]
+
+
+def test_text_alone_trains_a_student_that_asks_no_teacher(folder):
+    student = build(LLAMA, 1)
+    options = DistillOptions(hard_labels=1, **QUICK)
+    curve = distil(student, None, TEXT, HELD, options, folder).curve
+    assert curve[-1]["cross_entropy"] < 0.9 * curve[0]["cross_entropy"]
+
+
+def test_weights_are_held_in_float32_where_arithmetic_is_bfloat16(folder):
+    student, teacher = build(LLAMA, 1), build(LLAMA, 0)
+    options = DistillOptions(dtype="bfloat16", **{**QUICK, "learning_rate": 1e-3})
+    done = distil(student, live(teacher), TEXT, HELD, options, folder)
+    assert done.curve[-1]["divergence"] < done.curve[0]["divergence"]
+    halves = [mx.array_equal(a, a.astype(mx.bfloat16)) for a in done.weights.values()]
+    assert not any(half.item() for half in halves)
 
 
 def test_two_batches_of_two_give_the_gradient_of_one_of_four():
@@ -29,54 +67,89 @@ def test_two_batches_of_two_give_the_gradient_of_one_of_four():
     mask = np.ones(TOKENS.shape, bool)
     mask[0, :7] = False  # the two batches count unlike numbers of tokens
     options = DistillOptions(hard_labels=0.3)
-    whole, one = gradients(student, teacher, [(TOKENS[:4], mask[:4])], options)
-    parts = [(TOKENS[:2], mask[:2]), (TOKENS[2:4], mask[2:4])]
-    split, two = gradients(student, teacher, parts, options)
+    whole, one = gradients(student, [as_batch(TOKENS[:4], mask[:4], teacher)], options)
+    parts = [as_batch(TOKENS[k : k + 2], mask[k : k + 2], teacher) for k in (0, 2)]
+    split, two = gradients(student, parts, options)
     assert abs(whole.item() - split.item()) < 1e-5
-    two = flat(two)
-    for path, grad in flat(one).items():
+    for path, grad in one.items():
         np.testing.assert_allclose(grad, two[path], atol=1e-5)
 
 
 def test_tokens_that_do_not_count_give_no_gradient():
     student, teacher = build(LLAMA, 1), build(LLAMA, 0)
-    nothing = [(TOKENS, np.zeros(TOKENS.shape, bool))]
-    loss, grads = gradients(student, teacher, nothing, DistillOptions(hard_labels=0.5))
+    nothing = as_batch(TOKENS, np.zeros(TOKENS.shape, bool), teacher)
+    loss, grads = gradients(student, [nothing], DistillOptions(hard_labels=0.5))
     assert loss.item() == 0
-    assert all(not grad.any() for grad in flat(grads).values())
+    assert not any(mx.any(grad).item() for grad in grads.values())
 
 
 def test_padding_behind_a_text_changes_no_gradient():
     student, teacher, options = build(LLAMA, 1), build(LLAMA, 0), DistillOptions(hard_labels=0.5)
     mask = np.arange(TOKENS.shape[1])[None] < np.full((6, 1), 5)
-    padded = np.where(mask, TOKENS, 0)
-    _, long = gradients(student, teacher, [(padded, mask)], options)
-    _, short = gradients(student, teacher, [(TOKENS[:, :5], mask[:, :5])], options)
-    short = flat(short)
-    for path, grad in flat(long).items():
+    padded = as_batch(np.where(mask, TOKENS, 0), mask, teacher)
+    _, long = gradients(student, [padded], options)
+    _, short = gradients(student, [as_batch(TOKENS[:, :5], mask[:, :5], teacher)], options)
+    for path, grad in long.items():
         np.testing.assert_allclose(grad, short[path], atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step_and_the_best_weights():
-    student, teacher, calls = build(LLAMA, 1), build(LLAMA, 0), []
-    before = parameters(student)
+def test_padding_of_the_vocabulary_changes_no_gradient():
+    student, teacher, options = build(LLAMA, 1), build(LLAMA, 0), DistillOptions(hard_labels=0.5)
+    _, plain = gradients(student, [as_batch(TOKENS, TEXT.mask, teacher)], options)
+    tokens, mask, (logits,) = as_batch(TOKENS, TEXT.mask, teacher)
+    padded = mx.concatenate([logits, mx.full((*logits.shape[:2], 3), 5.0)], axis=-1)
+    _, wide = gradients(student, [(tokens, mask, (padded,))], options, count=VOCABULARY)
+    for path, grad in plain.items():
+        np.testing.assert_allclose(grad, wide[path], atol=1e-6)
 
-    def breaks(tokens):
+
+def breaking(teacher, call):
+    """A teacher whose logits are not numbers at that call."""
+    calls = []
+
+    def logits(tokens):
         calls.append(tokens)
-        return teacher(tokens) * (mx.nan if len(calls) == 6 else 1)
+        return teacher(tokens) * (mx.nan if len(calls) == call else 1)
 
+    return live(logits)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_best_weights(folder):
+    student, teacher = build(LLAMA, 1), build(LLAMA, 0)
+    before = parameters(student)
     options = DistillOptions(**{**QUICK, "steps_per_eval": 9})
-    with pytest.raises(GateFailed, match="step 3: the loss is not finite; lower --learning-rate"):
-        distil(student, breaks, TOKENS, TOKENS, options)  # three calls are of the evaluation
-    for path, array in parameters(student).items():
-        assert mx.array_equal(array, before[path])
+    text = "step 3: the loss is not finite; lower --learning-rate .* those of step 0, in "
+    with pytest.raises(GateFailed, match=text):
+        # Three calls are of the evaluation.
+        distil(student, breaking(teacher, 6), TEXT, HELD, options, folder)
+    same(folder.best(folder.open()), before)
 
 
-def test_a_run_without_gain_ends_by_its_patience():
-    student = build(LLAMA, 0)
+@pytest.mark.parametrize("step", range(1, 12, 3))
+@pytest.mark.parametrize("loss", ["reverse-kl", "taid"])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(step, loss, tmp_path):
+    teacher = live(build(LLAMA, 0))
+    options = DistillOptions(loss=loss, **QUICK)
+    whole, cut = (TrainingFolder(tmp_path / name, {}) for name in ("whole", "cut"))
+    expected = distil(build(LLAMA, 1), teacher, TEXT, HELD, options, whole)
+
+    def stop(stage, done, total):
+        if done == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distil(build(LLAMA, 1), teacher, TEXT, HELD, options, cut, progress=stop)
+    student = build(LLAMA, 1)
+    got = distil(student, teacher, TEXT, HELD, options, cut)
+    assert got.losses == expected.losses and got.curve == expected.curve
+    same(got.weights, expected.weights)
+    same(parameters(student), whole.best(expected))
+
+
+def test_a_run_without_gain_ends_by_its_patience(folder):
     options = DistillOptions(**QUICK, patience=1)
-    curve = distil(student, build(LLAMA, 0), TOKENS, TOKENS, options)
-    assert curve[-1]["step"] < 12
+    done = distil(build(LLAMA, 0), live(build(LLAMA, 0)), TEXT, HELD, options, folder)
+    assert done.step == 4
 
 
 def test_batches_take_every_window_once_a_round():
@@ -85,9 +158,10 @@ def test_batches_take_every_window_once_a_round():
     assert sorted(rows) == list(range(6))
 
 
-def test_no_windows_are_refused():
+def test_no_windows_are_refused(folder):
+    nothing = Text("train", TOKENS[:0], TEXT.mask[:0])
     with pytest.raises(InputError, match="no windows of text"):
-        distil(build(LLAMA), build(LLAMA), TOKENS[:0], TOKENS, DistillOptions())
+        distil(build(LLAMA), live(build(LLAMA)), nothing, HELD, DistillOptions(), folder)
 
 
 @pytest.mark.parametrize(

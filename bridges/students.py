@@ -1,0 +1,88 @@
+"""mlx-lm's models as teachers and students."""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..distill import Logits, logits_of
+from ..errors import InputError
+from ..options import DistillOptions
+from ..stream import Fetch
+from ..vocabulary import real_tokens
+from .mlx_lm import LanguageModel
+
+LORA_SCALE = 20.0  # as mlx-lm's
+
+
+def teacher_of(model: LanguageModel) -> Logits:
+    """Logits of a frozen model: in float32 on the CPU, which is slow at less; else as on disk."""
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    module = model.module(dequantised=on_cpu)
+    if on_cpu:
+        module.set_dtype(mx.float32)
+    return logits_of(module)
+
+
+def student_of(model: LanguageModel, options: DistillOptions) -> nn.Module:
+    """The model to train, dequantised: whole, or adapters of it alone."""
+    module = model.module()
+    if options.lora_rank:
+        _add_adapters(model, module, options)
+    if options.grad_checkpoint:
+        for layer in _layers(model, module, "--grad-checkpoint"):
+            _checkpoint(layer)
+    return module
+
+
+def trained_fetch(model: LanguageModel, options: DistillOptions, best: dict) -> Fetch:
+    """The model's parameters with trained ones in their place, adapters merged, as on disk."""
+    module = student_of(model, options)
+    module.set_dtype(mx.float32)
+    module.update(tree_unflatten(list(best.items())))
+    merged = [(path, m.fuse()) for path, m in module.named_modules() if hasattr(m, "fuse")]
+    module.update_modules(tree_unflatten(merged))
+    weights = dict(tree_flatten(module.parameters()))
+    dtypes = {path: array.dtype for path, array in tree_flatten(model.module().parameters())}
+    return lambda paths: {path: weights[path].astype(dtypes[path]) for path in paths}
+
+
+def common_tokens(teacher: LanguageModel, student: LanguageModel) -> int:
+    """How many logits the two can be compared on. Raises `InputError` for other tokenizers."""
+    probe = mx.zeros((1, 2), mx.int32)
+    widths = []
+    for model in (teacher, student):
+        graph = model.trace(probe)
+        widths.append(graph.values[graph.outputs[0]].shape[-1])
+    vocabularies = (model.tokenizer().get_vocab() for model in (teacher, student))
+    return real_tokens(*vocabularies, widths=widths)
+
+
+def _add_adapters(model: LanguageModel, module: nn.Module, options: DistillOptions) -> None:
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    layers = _layers(model, module, "--lora-rank")
+    mx.random.seed(options.seed)
+    module.freeze()
+    config = {"rank": options.lora_rank, "scale": LORA_SCALE, "dropout": 0.0}
+    linear_to_lora_layers(module, len(layers), config)
+
+
+def _layers(model: LanguageModel, module: nn.Module, flag: str) -> list[nn.Module]:
+    layers = getattr(module, "layers", None)
+    if layers is None:
+        raise InputError(f"{flag}: {model.path} has no list of layers; leave it out.")
+    return layers
+
+
+def _checkpoint(layer: nn.Module) -> None:
+    """Compute this layer anew on the way back. A class of its own: its kind has other users."""
+    kind = type(layer)
+
+    def call(self, *args, **kwargs):
+        def inner(parameters, *args, **kwargs):
+            self.update(parameters)
+            return kind.__call__(self, *args, **kwargs)
+
+        return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
+
+    layer.__class__ = type(kind.__name__, (kind,), {"__call__": call})

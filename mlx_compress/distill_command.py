@@ -1,0 +1,102 @@
+"""`compress distill`: its options, and nothing heavy."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .flags import Batch, Config, EvalSamples, Length, Seed, Trust
+from .options import DIVERGENCES, TRAINING_DTYPES, DistillOptions
+
+DEFAULT = DistillOptions()
+
+
+def _count(flag: str, words: str):
+    return Annotated[int, typer.Option(flag, metavar="N", help=words)]
+
+
+def _number(flag: str, words: str):
+    return Annotated[float, typer.Option(flag, metavar="X", help=words)]
+
+
+Folder = Annotated[
+    str, typer.Option("--model", metavar="DIR", help="The student: a smaller model of its tokens.")
+]
+Loss = Annotated[
+    str, typer.Option("--loss", metavar="NAME", help=f"One of {', '.join(DIVERGENCES)}.")
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        "--patience", metavar="N", help="End after N evaluations without a better one."
+    ),
+]  # fmt: skip
+MaskPrompt = Annotated[
+    bool, typer.Option("--mask-prompt", help="Learn from answers alone, not from prompts.")
+]
+Checkpoint = Annotated[
+    bool, typer.Option("--grad-checkpoint", help="Compute layers twice, to hold less memory.")
+]
+Arithmetic = Annotated[
+    str,
+    typer.Option(
+        "--dtype", metavar="NAME",
+        help=f"Of the student's arithmetic, {' or '.join(TRAINING_DTYPES)}; weights are float32.",
+    ),
+]  # fmt: skip
+
+
+def distill(
+    ctx: typer.Context,
+    teacher: Annotated[
+        str, typer.Option("--teacher", metavar="DIR", help="The model to learn from, of any bits.")
+    ],
+    model: Folder,
+    mlx_path: Annotated[
+        Path, typer.Option("--mlx-path", metavar="DIR", help="Folder to write; must be new.")
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data", metavar="PATH",
+            help="Folder with train/valid/test .jsonl or .txt, or one such file.",
+        ),
+    ],
+    config: Config = None,
+    loss: Loss = DEFAULT.loss,
+    iters: _count("--iters", "Steps of training.") = DEFAULT.iters,
+    batch_size: Batch = DEFAULT.batch_size,
+    learning_rate: _number("--learning-rate", "The highest; a cosine ends at 0.")
+    = DEFAULT.learning_rate,
+    max_seq_length: Length = DEFAULT.max_seq_length,
+    temperature: _number("--temperature", "Of both distributions.") = DEFAULT.temperature,
+    hard_labels: _number("--hard-labels", "Weight of the text's own next tokens, 0-1.")
+    = DEFAULT.hard_labels,
+    mask_prompt: MaskPrompt = DEFAULT.mask_prompt,
+    warmup: _count("--warmup", "Steps to the highest learning rate.") = DEFAULT.warmup,
+    clip: _number("--clip", "Largest norm of the gradient.") = DEFAULT.clip,
+    grad_accumulation_steps: _count("--grad-accumulation-steps", "Batches of a step.")
+    = DEFAULT.grad_accumulation_steps,
+    grad_checkpoint: Checkpoint = DEFAULT.grad_checkpoint,
+    dtype: Arithmetic = DEFAULT.dtype,
+    lora_rank: _count("--lora-rank", "Train adapters of this rank; 0: all weights.")
+    = DEFAULT.lora_rank,
+    steps_per_eval: _count("--steps-per-eval", "Steps between held-out losses.")
+    = DEFAULT.steps_per_eval,
+    val_samples: _count("--val-samples", "Windows that are held out to choose by.")
+    = DEFAULT.val_samples,
+    patience: Patience = DEFAULT.patience,
+    eval_samples: EvalSamples = DEFAULT.eval_samples,
+    seed: Seed = DEFAULT.seed,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Train a smaller model to say what a larger one says.
+
+    The folder that comes out opens in stock mlx-lm and holds report.json. Until then the state is
+    kept in OUT.training, and the same command goes on from there.
+    """
+    known = {k: v for k, v in ctx.params.items() if k in DistillOptions.__dataclass_fields__}
+    options = DistillOptions(**known)
+    from . import jobs
+
+    jobs.distill(teacher, model, mlx_path, data, options, trust=trust_remote_code)

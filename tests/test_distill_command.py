@@ -1,0 +1,128 @@
+"""`compress distill` on the embedded model, and the folder that it leaves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from commands import refused
+from mlx_compress import distill, recipe, report
+from mlx_compress.distill_recipe import training_place
+
+EXAMPLE = Path(recipe.__file__).parent / "assets"
+BOOKS, TEACHER = EXAMPLE / "books", EXAMPLE / "books5m"
+QUICK = (
+    "--iters", 4, "--batch-size", 2, "--max-seq-length", 24, "--val-samples", 4, "--warmup", 0,
+    "--eval-samples", 4, "--steps-per-eval", 2, "--learning-rate", 3e-4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """The first layer of the teacher."""
+    folder = tmp_path_factory.mktemp("student") / "first"
+    shutil.copytree(TEACHER, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    weights = mx.load(str(TEACHER / "model.safetensors"))
+    kept = {p: a for p, a in weights.items() if ".layers." not in p or ".layers.0." in p}
+    mx.save_safetensors(str(folder / "model.safetensors"), kept, metadata={"format": "mlx"})
+    return folder
+
+
+def arguments(student, out, **changed):
+    plain = {"teacher": TEACHER, "model": student, "mlx-path": out, "data": BOOKS} | changed
+    return "distill", *sum(((f"--{name}", value) for name, value in plain.items()), ()), *QUICK
+
+
+@pytest.fixture(scope="module")
+def trained(student, tmp_path_factory):
+    return tmp_path_factory.mktemp("out") / "student"
+
+
+def test_a_distilled_folder_is_proven_measured_and_better(call, student, trained):
+    code, out, err = call(*arguments(student, trained))
+    assert code == 0, err
+    told = json.loads((trained / "report.json").read_text())
+    curve = told["distillation"]["held_out"]
+    assert [point["step"] for point in curve] == [0, 2, 4]
+    assert curve[-1]["divergence"] < curve[0]["divergence"] - 0.01
+    assert f"step 4: {curve[-1]['cross_entropy']:.4f} nats/token held out" in err
+    assert len(told["distillation"]["losses"]) == 4
+    record = json.loads((trained / "compression.json").read_text())
+    assert record["parent"]["name"] == student.name
+    assert record["teacher"]["name"] == TEACHER.name
+    assert record["verified"]["logit_error"] < 1e-4
+    assert "Saved to" in err and "dense" in out
+    assert not training_place(trained).exists()
+
+
+def test_a_folder_that_was_distilled_is_a_student_again(call, trained, tmp_path):
+    assert trained.exists(), "the test above makes it"
+    code, _, err = call(*arguments(trained, tmp_path / "again"), "--loss", "forward-kl")
+    assert code == 0, err
+    record = json.loads((tmp_path / "again" / "compression.json").read_text())
+    assert record["student"]["distillation"]["options"]["loss"] == "reverse-kl"
+
+
+def test_what_was_stopped_goes_on_with_the_same_command_and_no_other(
+    call, student, tmp_path, monkeypatch
+):
+    place = tmp_path / "out"
+    advanced = distill._advanced
+
+    def stop(student, training, *rest):
+        if training.step == 3:
+            raise KeyboardInterrupt
+        return advanced(student, training, *rest)
+
+    monkeypatch.setattr(distill, "_advanced", stop)
+    code, _, err = call(*arguments(student, place))
+    assert code and "the same command goes on" in err.replace("\n", " ")
+    assert not place.exists() and training_place(place).exists()
+    monkeypatch.undo()
+    other = call(*arguments(student, place), "--learning-rate", 1e-3)
+    refused(other, str(training_place(place)), "another --learning-rate (0.0003, now 0.001)")
+    code, _, err = call(*arguments(student, place))
+    assert code == 0 and "step 0" not in err and "step 4" in err
+
+
+def test_another_tokenizer_is_refused(call, student, tmp_path):
+    shutil.copytree(student, tmp_path / "student")
+    file = tmp_path / "student" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    words = tokenizer["model"]["vocab"]
+    last, before = sorted(words, key=words.get)[-2:]
+    words[last], words[before] = words[before], words[last]
+    file.write_text(json.dumps(tokenizer))
+    result = call(*arguments(tmp_path / "student", tmp_path / "out"))
+    refused(result, "to the teacher and", "to the student; distil from a teacher that has the")
+
+
+def test_an_empty_text_is_refused(call, student, tmp_path):
+    (tmp_path / "train.txt").touch()
+    (tmp_path / "test.txt").touch()
+    result = call(*arguments(student, tmp_path / "out", data=tmp_path))
+    refused(result, "the file is empty")
+
+
+def test_a_place_that_is_taken_is_refused(call, student, tmp_path):
+    refused(call(*arguments(student, tmp_path)), "exists already")
+
+
+def test_too_little_memory_is_said_with_what_would_fit(call, student, tmp_path, monkeypatch):
+    from mlx_compress import distill_recipe
+
+    small = report.machine() | {"memory_bytes": 75_000_000}
+    monkeypatch.setattr(distill_recipe, "machine", lambda: small)
+    result = call(*arguments(student, tmp_path / "out"), "--batch-size", 64)
+    refused(result, "distilling needs about", "--batch-size", "would fit", code=4)
+
+
+def test_a_saved_program_is_no_student(call, tmp_path):
+    (tmp_path / "graph.json").write_text("{}")
+    (tmp_path / "weights.safetensors").touch()
+    result = call(*arguments(tmp_path, tmp_path / "out"))
+    refused(result, "--model")
