@@ -8,6 +8,7 @@ Lambda is chosen on data that D was not fitted on, also as infinite: a change th
 there is not made. With a bias, X has a column of ones, which lambda leaves alone.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from .padding import without_padding
 from .second import Window, patches
 
 LAMBDAS = (1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # times the mean of the diagonal of X^T X
+MIXTURES = 256
 
 
 @dataclass
@@ -57,20 +59,40 @@ class Sums:
 
         There is none without data to judge on.
         """
-        best, lowest = (None, np.inf), 0.0
         if not self.judged:
-            return best
-        square, cross = self.judged
-        for lam in LAMBDAS:
-            change = self._solution(lam)
-            error = float(np.sum(change * (square @ change - 2 * cross)))  # less that of no change
-            if error < lowest:
-                best, lowest = (change, lam), error
-        return best
+            return None, np.inf
+        errors = judged_errors(self.fitted, self.judged, self._ridge, LAMBDAS)
+        best = int(np.argmin(errors))
+        if not errors[best] < 0:
+            return None, np.inf
+        return solution(*self.fitted, self._ridge(LAMBDAS[best])), LAMBDAS[best]
 
-    def _solution(self, lam: float) -> np.ndarray:
-        square, cross = self.fitted
+    def _ridge(self, lam: float) -> np.ndarray:
+        square = self.fitted[0]
         count = len(square) - self.biased
         ridge = np.full(len(square), lam * max(np.trace(square[:count, :count]) / count, 1e-30))
         ridge[count:] = 0
-        return np.linalg.solve(square + np.diag(ridge), cross)
+        return ridge
+
+
+def solution(square: np.ndarray, cross: np.ndarray, ridge: np.ndarray) -> np.ndarray:
+    """D of X^T X [n, n], X^T E [n, m] and what is added to the diagonal [n]."""
+    return np.linalg.solve(square + np.diag(ridge), cross)
+
+
+def judged_errors(
+    fitted: Sequence[np.ndarray], judged: Sequence[np.ndarray],
+    ridge: Callable[[float], np.ndarray], lambdas: Sequence[float],
+) -> list[float]:  # fmt: skip
+    """The squared error on other data, less that of no change, of the D that each lambda gives.
+
+    Both are (X^T X, X^T E). Beyond `MIXTURES` outputs, that many random mixtures of them stand for
+    all: the expected square of a mixture is the sum of squares, and the lambdas share the mixtures.
+    """
+    square, cross = judged
+    own = fitted[1]
+    if own.shape[1] > MIXTURES:
+        mixed = np.random.default_rng(0).standard_normal((own.shape[1], MIXTURES))
+        own, cross = (each @ (mixed / MIXTURES**0.5) for each in (own, cross))
+    changes = (solution(fitted[0], own, ridge(lam)) for lam in lambdas)
+    return [float(np.sum(change * (square @ change - 2 * cross))) for change in changes]

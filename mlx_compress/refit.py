@@ -16,8 +16,9 @@ the old weights rather than near zero makes a layer that loses nothing stay as i
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import mlx.core as mx
 import numpy as np
@@ -25,6 +26,7 @@ import numpy as np
 from .axes import NamedAxes
 from .calibrate import Statistics
 from .contractions import Contraction, contractions
+from .least_squares import judged_errors, solution
 from .plan import PrunePlan
 from .prune import Cutter, Pick, picks, prune_array
 from .second import as_matrices
@@ -48,6 +50,7 @@ class Refit:
     lambdas: tuple[float, ...] = LAMBDAS
     chosen: dict[str, float] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    _found: dict[str, list[float]] = field(default_factory=dict)  # for each expert
 
     def __call__(self, path: str, array: mx.array) -> mx.array:
         cuts = picks(self.named, self.plan, path)
@@ -59,7 +62,10 @@ class Refit:
         if halves is None:
             self.left[path] = "its inputs were not measured"
             return prune_array(array, cuts)
-        fitted, self.chosen[path] = _refitted(array, place, own[0], halves, self.lambdas)
+        found = self._found.get(path)
+        choices = repeat(self.lambdas) if found is None else [(lam,) for lam in found]
+        fitted, self._found[path] = _refitted(array, place, own[0], halves, choices)
+        self.chosen[path] = max(self._found[path])
         return prune_array(fitted, [pick for pick in cuts if pick is not own[0]])
 
 
@@ -99,9 +105,12 @@ def refit(
 
 
 def _refitted(
-    array: mx.array, place: Contraction, pick: Pick, halves, lambdas
-) -> tuple[mx.array, float]:
-    """The kept slots of a weight, in its own layout and dtype, and the lambda (largest of all)."""
+    array: mx.array, place: Contraction, pick: Pick, halves, choices: Iterable[tuple[float, ...]]
+) -> tuple[mx.array, list[float]]:
+    """The kept slots of a weight, in its own layout and dtype, and each expert's lambda.
+
+    `choices` are the lambdas to choose from, for each expert.
+    """
     weights, each = as_matrices(array, place, halves)
     shape = [array.shape[k] for k in place.layout]
     ends = (place.leading, place.leading + place.contracted)
@@ -109,12 +118,12 @@ def _refitted(
     rows = np.broadcast_to(pick.slots, (len(weights), pick.slots.shape[-1]))
     fits = [
         fit_kept(weight, moments, with_patches(keep, inner), lambdas)
-        for weight, moments, keep in zip(weights, each, rows, strict=True)
+        for weight, moments, keep, lambdas in zip(weights, each, rows, choices, strict=False)
     ]
     kept = np.stack([fitted for fitted, _ in fits])
     kept = kept.reshape(*lead, *inner[:-1], rows.shape[1], *rest)
     kept = kept.transpose(np.argsort(place.layout))
-    return mx.array(kept.astype(np.float32)).astype(array.dtype), max(lam for _, lam in fits)
+    return mx.array(kept.astype(np.float32)).astype(array.dtype), [lam for _, lam in fits]
 
 
 def with_patches(keep: np.ndarray, inner: Sequence[int]) -> np.ndarray:
@@ -132,24 +141,15 @@ def fit_kept(
     gone = np.setdiff1d(np.arange(len(weight)), keep)
     if not len(gone):
         return weight, 0.0
-    first, second = halves
+    parts = [(h[np.ix_(keep, keep)], h[np.ix_(keep, gone)] @ weight[gone]) for h in halves]
     lam = lambdas[0]
     if len(lambdas) > 1:
-        lam = min(lambdas, key=lambda each: _held_out(weight, first, second, keep, gone, each))
-    return weight[keep] + _correction(weight, first + second, keep, gone, lam), lam
+        errors = judged_errors(*parts, lambda each: _ridge(halves[0], len(keep), each), lambdas)
+        lam = lambdas[int(np.argmin(errors))]
+    square, cross = (first + second for first, second in zip(*parts, strict=True))
+    change = solution(square, cross, _ridge(halves[0] + halves[1], len(keep), lam))
+    return weight[keep] + change, lam
 
 
-def _correction(weight, moments, keep, gone, lam: float) -> np.ndarray:
-    """(H_KK + lambda I)^-1 H_KP W_P."""
-    system = moments[np.ix_(keep, keep)]
-    shift = lam * max(np.trace(moments) / len(moments), 1e-30)
-    system = system + shift * np.eye(len(keep))
-    return np.linalg.solve(system, moments[np.ix_(keep, gone)] @ weight[gone])
-
-
-def _held_out(weight, fitted_on, judged_on, keep, gone, lam: float) -> float:
-    """The squared error of the output on the half that was not fitted."""
-    error = np.empty_like(weight)
-    error[keep] = _correction(weight, fitted_on, keep, gone, lam)
-    error[gone] = -weight[gone]
-    return float(np.sum(error * (judged_on @ error)))
+def _ridge(moments: np.ndarray, kept: int, lam: float) -> np.ndarray:
+    return np.full(kept, lam * max(np.trace(moments) / len(moments), 1e-30))

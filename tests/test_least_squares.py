@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from mlx_compress.least_squares import LAMBDAS, Sums
+from mlx_compress.least_squares import LAMBDAS, MIXTURES, Sums, judged_errors
 
 
 def summed(fitted, judged, *, keep, outputs, biased):
@@ -105,3 +105,17 @@ def test_half_precision_is_summed_up_in_single():
     sums = Sums(None, np.arange(1), np.arange(1), biased=False)
     sums.add(x, x, judged=False)
     assert sums.fitted[0].sum() == sums.fitted[1].sum() == 81_000
+
+
+def test_mixtures_of_many_outputs_prefer_the_lambda_that_all_of_them_do():
+    rng = np.random.default_rng(0)
+    true, noise = rng.standard_normal((6, 2 * MIXTURES)), 3
+    x = rng.standard_normal((2, 12, 6))
+    error = x @ true + noise * rng.standard_normal((2, 12, 2 * MIXTURES))
+    fitted, judged = ((a.T @ a, a.T @ e) for a, e in zip(x, error, strict=True))
+    lambdas = (1e-3, 1.0, 10.0, 1e3)
+    got = judged_errors(fitted, judged, lambda lam: np.full(6, lam), lambdas)
+    changes = [np.linalg.solve(fitted[0] + lam * np.eye(6), fitted[1]) for lam in lambdas]
+    want = [np.sum((x[1] @ d - error[1]) ** 2) - np.sum(error[1] ** 2) for d in changes]
+    np.testing.assert_allclose(got, want, atol=0.3 * np.abs(want).max())
+    assert np.argmin(got) == np.argmin(want)

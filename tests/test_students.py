@@ -2,9 +2,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-
 from mlx_compress.bridges.mlx_lm import open_model
 from mlx_compress.bridges.students import student_of, trained_fetch
+
 from mlx_compress.distill import gradients
 from mlx_compress.options import DistillOptions
 from tiny import LLAMA, MIXTRAL, VOCABULARY, build, save
