@@ -71,18 +71,21 @@ def reference_rows(
     student: mx.array, teacher: mx.array, temperature: float, forward: bool
 ) -> tuple[mx.array, mx.array]:
     """Nats [R] in float32, and their gradient by the student's logits [R, V] in its dtype."""
-    log_q, log_p = (_log_softmax(logits, temperature) for logits in (student, teacher))
-    first, second = (log_p, log_q) if forward else (log_q, log_p)
-    weight = mx.exp(first)
+    (q, log_q), (p, log_p) = (_softmax(logits, temperature) for logits in (student, teacher))
+    weight, first, second = (p, log_p, log_q) if forward else (q, log_q, log_p)
     ratio = mx.where(weight > 0, first - second, 0)
     nats = (weight * ratio).sum(axis=-1)
-    slope = mx.exp(log_q) - weight if forward else weight * (ratio - nats[..., None])
+    slope = q - p if forward else q * (ratio - nats[..., None])
     return nats, (slope / temperature).astype(student.dtype)
 
 
-def _log_softmax(logits: mx.array, temperature: float) -> mx.array:
-    scaled = logits.astype(mx.float32) / temperature
-    return scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
+def _softmax(logits: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
+    """Probabilities and their logarithms: exponentials are what costs on a CPU, so each is once."""
+    logits = logits.astype(mx.float32)
+    below = (logits - mx.stop_gradient(logits.max(axis=-1, keepdims=True))) / temperature
+    powers = mx.exp(below)
+    total = powers.sum(axis=-1, keepdims=True)
+    return powers / total, below - mx.log(total)
 
 
 def metal_rows(

@@ -14,6 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .errors import GateFailed, InputError
+from .kernels import kl
 from .losses import LOSSES, bucketed, cross_entropy
 from .options import DistillOptions
 from .stream import Progress, silent
@@ -25,6 +26,8 @@ Logits = Callable[[mx.array], mx.array]
 # logits [B, T - 1, V], or the likeliest k tokens and their log-probabilities [B, T - 1, k].
 Teacher = Callable[[Text, np.ndarray, mx.array], tuple[mx.array, ...]]
 Batch = tuple[mx.array, mx.array, tuple[mx.array, ...]]  # tokens, mask, what the teacher says
+# Whole logits: the gradient comes with the loss, by a Metal kernel where there is one.
+WITH_SLOPE = {"forward-kl": kl.forward_kl, "reverse-kl": kl.reverse_kl}
 Told = Callable[[dict], None]
 
 
@@ -179,12 +182,11 @@ def divergence_of(
     count: int | None = None,
 ) -> mx.array:  # fmt: skip
     """The options' loss of each token, from the student's first `count` logits and the targets."""
-    if len(targets) == 1:
-        theirs = targets[0][..., :count]
-    else:
-        own, theirs = bucketed(own, *targets)
+    whole = len(targets) == 1
+    own, theirs = (own, targets[0][..., :count]) if whole else bucketed(own, *targets)
+    loss = (WITH_SLOPE if whole else LOSSES).get(options.loss, LOSSES[options.loss])
     schedule = {"t": t} if options.loss == "taid" else {}
-    return LOSSES[options.loss](own, theirs, temperature=options.temperature, **schedule)
+    return loss(own, theirs, temperature=options.temperature, **schedule)
 
 
 def gradients(
