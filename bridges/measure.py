@@ -33,13 +33,21 @@ def evaluate_folders(
 
 def check_memory(*models: LanguageModel | None) -> None:
     """Raise `ResourceError` when the models together are larger than this machine's memory."""
-    needs = sum(loaded_bytes(model) for model in models if model is not None)
-    has = machine()["memory_bytes"]
+    needs, has = _needs(models), machine()["memory_bytes"]
     if needs > has:
         raise ResourceError(
             f"evaluation loads {needs / 1e9:.1f} GB of weights, this machine has {has / 1e9:.1f} "
             "GB; prune without it (compress prune), or evaluate the models one at a time."
         )
+
+
+def fit_together(*models: LanguageModel) -> bool:
+    """Whether the models are together no larger than this machine's memory."""
+    return _needs(models) <= machine()["memory_bytes"]
+
+
+def _needs(models) -> int:
+    return sum(loaded_bytes(model) for model in models if model is not None)
 
 
 def loaded_bytes(model: LanguageModel) -> int:

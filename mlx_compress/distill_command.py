@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .flags import Batch, Config, EvalSamples, Length, Seed, Trust
+from .errors import InputError
+from .flags import Batch, Config, EvalSamples, Length, Out, Seed, Trust
 from .options import DIVERGENCES, TRAINING_DTYPES, DistillOptions
 
 DEFAULT = DistillOptions()
@@ -44,6 +45,16 @@ Arithmetic = Annotated[
         help=f"Of the student's arithmetic, {' or '.join(TRAINING_DTYPES)}; weights are float32.",
     ),
 ]  # fmt: skip
+TargetDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--target-dir", metavar="DIR",
+        help="Ask the teacher once and keep its answers here: it need not be in memory later.",
+    ),
+]  # fmt: skip
+TargetsOnly = Annotated[
+    bool, typer.Option("--targets-only", help="Only fill --target-dir, and train later.")
+]
 
 
 def distill(
@@ -52,9 +63,6 @@ def distill(
         str, typer.Option("--teacher", metavar="DIR", help="The model to learn from, of any bits.")
     ],
     model: Folder,
-    mlx_path: Annotated[
-        Path, typer.Option("--mlx-path", metavar="DIR", help="Folder to write; must be new.")
-    ],
     data: Annotated[
         Path,
         typer.Option(
@@ -62,6 +70,7 @@ def distill(
             help="Folder with train/valid/test .jsonl or .txt, or one such file.",
         ),
     ],
+    mlx_path: Out = None,
     config: Config = None,
     loss: Loss = DEFAULT.loss,
     iters: _count("--iters", "Steps of training.") = DEFAULT.iters,
@@ -86,6 +95,9 @@ def distill(
     val_samples: _count("--val-samples", "Windows that are held out to choose by.")
     = DEFAULT.val_samples,
     patience: Patience = DEFAULT.patience,
+    target_dir: TargetDir = None,
+    targets_only: TargetsOnly = False,
+    top_k: _count("--top-k", "Tokens of each of its answers that are kept.") = DEFAULT.top_k,
     eval_samples: EvalSamples = DEFAULT.eval_samples,
     seed: Seed = DEFAULT.seed,
     trust_remote_code: Trust = False,
@@ -97,6 +109,13 @@ def distill(
     """
     known = {k: v for k, v in ctx.params.items() if k in DistillOptions.__dataclass_fields__}
     options = DistillOptions(**known)
+    if targets_only and target_dir is None:
+        raise InputError("--targets-only: name the folder to keep them in with --target-dir.")
+    if not targets_only and mlx_path is None:
+        raise InputError("--mlx-path: name the folder to write, or give --targets-only.")
     from . import jobs
 
-    jobs.distill(teacher, model, mlx_path, data, options, trust=trust_remote_code)
+    jobs.distill(
+        teacher, model, None if targets_only else mlx_path, data, options,
+        target_dir=target_dir, trust=trust_remote_code,
+    )  # fmt: skip

@@ -4,17 +4,17 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
-from .bridges.measure import evaluate_folders, loaded_bytes
+from .bridges.measure import check_memory, evaluate_folders, fit_together, loaded_bytes
 from .bridges.mlx_lm import LanguageModel, open_model
 from .bridges.students import common_tokens, student_of, teacher_of, trained_fetch
 from .checkpoint import RECORD, check_free, parent_record
 from .data import Windows
-from .distill import distil, live
+from .distill import Teacher, distil, live
 from .options import DistillOptions
 from .plan import PrunePlan
 from .recipe import Planned, save_pruned
@@ -22,6 +22,7 @@ from .report import machine, write_report
 from .scoring import read_windows
 from .store import store_key
 from .stream import Progress, silent
+from .teacher_targets import TargetFolder
 from .training_memory import require_memory
 from .training_state import Training, TrainingFolder
 from .training_text import Text, read_training
@@ -38,6 +39,7 @@ def distill(
     out: str | Path,
     *,
     work: Path | None = None,
+    target_dir: Path | None = None,
     told: Callable[[dict], None] = lambda point: None,
     on_notes: Callable[[list[str]], None] = lambda notes: None,
     progress: Progress = silent,
@@ -47,7 +49,9 @@ def distill(
     Returns the report, which is also written into the folder as `report.json`: the teacher as
     "dense", the student as "compressed". The state of the run is kept in `work`, by default
     `OUT.training`, until all is done; the same call goes on from it. `told` hears of each held-out
-    measurement, `on_notes` of what is worth knowing before the training begins.
+    measurement, `on_notes` of what is worth knowing before the training begins. With a `target_dir`
+    the teacher is asked once for all that is trained on, and its answers are kept there: the two
+    need not be in memory together.
 
     Raises `InputError` for other tokenizers, no or too little text, or a `work` folder of another
     run, `ResourceError` where it would not fit into memory, and `GateFailed` where a loss is not
@@ -56,25 +60,68 @@ def distill(
     out, started = Path(out), time.perf_counter()
     work = training_place(out) if work is None else work
     check_free(out)
-    count = common_tokens(teacher, student)
-    notes = [*teacher.notes, *student.notes]
-    windows = read_windows(student, data, "evaluation", options.measuring, notes)
-    train, held = read_training(data, student.tokenizer(), options, notes)
-    _require_memory(teacher, student, options)
-    on_notes(notes)
-    folder = TrainingFolder(work, _run(teacher, student, options, train, held))
+    asked = _asked(teacher, student, options, data)
+    windows = read_windows(student, data, "evaluation", options.measuring, asked.notes)
+    cached = target_dir is not None
+    _require_memory(teacher, student, options, with_teacher=not cached)
+    on_notes(asked.notes)
+    if cached:
+        answers = _cached(teacher, asked, options, target_dir, progress)
+    else:
+        answers = live(teacher_of(teacher))
+    folder = TrainingFolder(work, _run(teacher, student, options, asked, cached))
     module = student_of(student, options)
     training = distil(
-        module, live(teacher_of(teacher)), train, held, options, folder,
-        count=count, told=told, progress=progress,
+        module, answers, asked.train, asked.held_out, options, folder,
+        count=asked.count, told=told, progress=progress,
     )  # fmt: skip
-    del module
+    del module, answers
     mx.clear_cache()
     report = _save(
-        teacher, student, options, training, folder, windows, out, notes, started, progress
+        teacher, student, options, training, folder, windows, out, asked.notes, started, progress
     )
     shutil.rmtree(work)
     return report
+
+
+def keep_targets(
+    teacher: LanguageModel, student: LanguageModel, options: DistillOptions, data: str | Path,
+    target_dir: Path, *, progress: Progress = silent,
+) -> list[str]:  # fmt: skip
+    """Only ask the teacher, for a later `distill` by the same options; returns notes."""
+    asked = _asked(teacher, student, options, data)
+    _cached(teacher, asked, options, target_dir, progress)
+    return asked.notes
+
+
+@dataclass
+class _Asked:
+    """What the teacher is asked about: texts, and how many of its logits count."""
+
+    train: Text
+    held_out: Text
+    count: int
+    notes: list[str]
+
+
+def _asked(teacher, student, options: DistillOptions, data) -> _Asked:
+    count = common_tokens(teacher, student)
+    notes = [*teacher.notes, *student.notes]
+    return _Asked(*read_training(data, student.tokenizer(), options, notes), count, notes)
+
+
+def _cached(teacher, asked: _Asked, options: DistillOptions, place: Path, progress) -> Teacher:
+    """A teacher that answers from disk, after it was asked for what is not there yet."""
+    top_k = min(options.top_k, asked.count)
+    targets = TargetFolder(place, _identity(teacher), (asked.train, asked.held_out), top_k)
+    if not targets.complete:
+        check_memory(teacher)
+        targets.write(
+            teacher_of(teacher), batch_size=options.batch_size, count=asked.count,
+            progress=progress,
+        )  # fmt: skip
+        mx.clear_cache()
+    return targets.teacher()
 
 
 def training_place(out: Path) -> Path:
@@ -82,26 +129,31 @@ def training_place(out: Path) -> Path:
     return out.with_name(f"{out.name}.training")
 
 
-def _run(teacher, student, options: DistillOptions, train: Text, held: Text) -> dict:
+def _run(teacher, student, options: DistillOptions, asked: _Asked, cached: bool) -> dict:
     """What a run depends on."""
     chosen = {k: v for k, v in asdict(options).items() if k not in OF_THE_MEASURING}
     return {
-        "--teacher": _short(*parent_record(teacher.path)["sha256"].values()),
-        "--model": _short(*parent_record(student.path)["sha256"].values()),
-        "--data": _short(train.key, held.key),
+        "--teacher": _identity(teacher),
+        "--model": _identity(student),
+        "--data": _short(asked.train.key, asked.held_out.key),
+        "--target-dir": "given" if cached else "not given",
         **{"--" + name.replace("_", "-"): value for name, value in chosen.items()},
     }
+
+
+def _identity(model: LanguageModel) -> str:
+    return _short(*parent_record(model.path)["sha256"].values())
 
 
 def _short(*parts: str) -> str:
     return store_key(*parts)[:12]
 
 
-def _require_memory(teacher: LanguageModel, student: LanguageModel, options) -> None:
+def _require_memory(teacher, student, options: DistillOptions, *, with_teacher: bool) -> None:
     window = mx.zeros((1, options.max_seq_length - 1), mx.int32)
-    asked = options.hard_labels < 1
+    beside = loaded_bytes(teacher) if with_teacher and options.hard_labels < 1 else 0
     require_memory(
-        student.trace(window, dtype=mx.float32), loaded_bytes(teacher) if asked else 0, options,
+        student.trace(window, dtype=mx.float32), beside, options,
         machine()["memory_bytes"], layers=len(getattr(student.module(), "layers", ())) or 1,
     )  # fmt: skip
 
@@ -122,13 +174,15 @@ def _save(
     report: dict = {}
 
     def finish(place: Path) -> dict:
-        report.update(evaluate_folders(
-            teacher, open_model(place), windows, options.measuring, progress=progress
-        ))  # fmt: skip
+        distilled = open_model(place)
+        pair = (teacher, distilled) if fit_together(teacher, distilled) else (distilled, None)
+        if pair[1] is None:
+            notes.append("teacher and student are not in memory together: only one was measured")
+        report.update(evaluate_folders(*pair, windows, options.measuring, progress=progress))
         report["distillation"] = history | {"losses": training.losses}
         report["notes"], report["seconds"] = notes, time.perf_counter() - started
         write_report(report, place / "report.json")
-        return {k: report[k] for k in ("dense", "compressed", "paired")}
+        return {k: report[k] for k in ("dense", "compressed", "paired") if k in report}
 
     fetch = trained_fetch(student, options, folder.best(training))
     save_pruned(student, planned, out, fetch=fetch, finish=finish, progress=progress)

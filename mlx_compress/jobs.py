@@ -101,17 +101,30 @@ def prune(
 
 
 def distill(
-    teacher: str, model: str, mlx_path: Path, data: Path, options: DistillOptions, *, trust
+    teacher: str, model: str, mlx_path: Path | None, data: Path, options: DistillOptions,
+    *, target_dir: Path | None, trust: bool,
 ) -> None:  # fmt: skip
-    """Train a student on a teacher, with a line for each measurement and the closing table."""
+    """Train a student on a teacher, with a line for each measurement and the closing table.
+
+    Without an `mlx_path` the teacher is only asked, and its answers are kept in `target_dir`.
+    """
     from . import distill_recipe
 
-    check_free(mlx_path)
+    if mlx_path is not None:
+        check_free(mlx_path)
     models = []
     for flag, name in (("--teacher", teacher), ("--model", model)):
         if program_recipe.is_saved(name):
             raise InputError(f"{flag} {name}: is a saved program; give a language model.")
         models.append(recipe.open_model(name, trust_remote_code=trust))
+    if mlx_path is None:
+        with progress_bars() as progress:
+            notes = distill_recipe.keep_targets(
+                *models, options, data, target_dir, progress=progress
+            )
+        tell_notes(notes)
+        err.print(f"What the teacher says is kept in {target_dir}.", soft_wrap=True)
+        return
     work = distill_recipe.training_place(mlx_path)
     heard = 0
 
@@ -123,8 +136,8 @@ def distill(
     try:
         with progress_bars() as progress:
             report = distill_recipe.distill(
-                *models, options, data, mlx_path, work=work, told=tell_point, on_notes=on_notes,
-                progress=progress,
+                *models, options, data, mlx_path, work=work, target_dir=target_dir,
+                told=tell_point, on_notes=on_notes, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
         if work.exists():

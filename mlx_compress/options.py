@@ -129,8 +129,8 @@ class DistillOptions:
     and after `patience` of those without a better one the run ends. With `mask_prompt` only answers
     are learnt from. `dtype` is that of the student's arithmetic; its weights are held in float32.
     With `grad_checkpoint` layers are computed a second time instead of held. A `lora_rank` above 0
-    trains adapters of that rank, which are merged at the end. `eval_samples` windows are measured
-    at last.
+    trains adapters of that rank, which are merged at the end. Where a teacher's answers are kept on
+    disk they are its `top_k` likeliest tokens. `eval_samples` windows are measured at last.
     """
 
     loss: str = "reverse-kl"
@@ -151,6 +151,7 @@ class DistillOptions:
     dtype: str = "float32"
     grad_checkpoint: bool = False
     lora_rank: int = 0
+    top_k: int = 128
     seed: int = 0
 
     def __post_init__(self):
@@ -159,7 +160,7 @@ class DistillOptions:
         _at_least(self, (
             ("iters", 1), ("batch_size", 1), ("warmup", 0), ("grad_accumulation_steps", 1),
             ("steps_per_eval", 1), ("patience", 1), ("max_seq_length", 2), ("val_samples", 1),
-            ("eval_samples", 2), ("lora_rank", 0), ("seed", 0),
+            ("eval_samples", 2), ("lora_rank", 0), ("top_k", 1), ("seed", 0),
         ))  # fmt: skip
         for name in ("learning_rate", "temperature", "clip"):
             if not 0 < getattr(self, name) < math.inf:

@@ -19,7 +19,8 @@ PACKAGES = {
     "mlx_compress.benchmarks": "benchmarks",
 }
 ABOVE_THE_CORE = {
-    "cli.py", "demo.py", "distill_recipe.py", "jobs.py", "program_recipe.py", "recipe.py", "ship.py", "toolkit.py",
+    "cli.py", "demo.py", "distill_recipe.py", "jobs.py", "program_recipe.py", "recipe.py",
+    "ship.py", "toolkit.py",
 }  # fmt: skip
 NOT_IN_THE_CORE = (
     "mlx_compress.bridges",

@@ -126,3 +126,26 @@ def test_a_saved_program_is_no_student(call, tmp_path):
     (tmp_path / "weights.safetensors").touch()
     result = call(*arguments(tmp_path, tmp_path / "out"))
     refused(result, "--model")
+
+
+def test_a_teacher_that_was_asked_before_is_not_asked_again(call, student, tmp_path, monkeypatch):
+    from mlx_compress import distill_recipe
+
+    place = ("--target-dir", tmp_path / "targets", "--top-k", 32)
+    command = arguments(student, tmp_path / "out")
+    code, _, err = call(*command, *place, "--targets-only")
+    assert code == 0 and "is kept in" in err and not (tmp_path / "out").exists()
+    monkeypatch.setattr(distill_recipe, "teacher_of", None)
+    code, _, err = call(*command, *place)
+    assert code == 0, err
+    curve = json.loads((tmp_path / "out" / "report.json").read_text())["distillation"]["held_out"]
+    assert curve[-1]["divergence"] < curve[0]["divergence"] - 0.01
+    other = arguments(student, tmp_path / "other")
+    refused(call(*other, *place, "--seed", 1), "holds targets of another --data")
+
+
+def test_targets_need_a_folder_and_training_a_place(call, student, tmp_path):
+    refused(call(*arguments(student, tmp_path / "out"), "--targets-only"), "--target-dir")
+    command = [str(word) for word in arguments(student, tmp_path / "out")]
+    at = command.index("--mlx-path")
+    refused(call(*command[:at], *command[at + 2 :]), "--mlx-path: name the folder to write")

@@ -1,0 +1,168 @@
+"""What a teacher says of a text, kept on disk: its likeliest next tokens, and how likely.
+
+    DIR/
+        targets.json              whose they are, of which text, how many windows are done
+        train.indices.npy         [N, T - 1, K] tokens, likeliest first
+        train.log_probs.npy       [N, T - 1, K] float16, among all of the vocabulary
+        held-out...
+
+Files are memory-mapped, so a student reads only its batches, and teacher and student need never be
+in memory together. What the K tokens leave over is the tail: `losses.bucketed` makes one class of
+it. The file names windows as done only once they are written, so a run that was cut off goes on.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from .checkpoint import is_disk_full
+from .distill import Logits, Teacher
+from .errors import InputError, ResourceError
+from .losses import log_probs
+from .report import write_report
+from .stream import Progress, silent
+from .training_text import Text
+
+FORMAT = 1
+RECORD = "targets.json"
+STEP = 16  # batches between two entries of what is done
+
+
+class TargetFolder:
+    """The targets of some texts, in `folder`; `teacher` is what names whose they are."""
+
+    def __init__(self, folder: Path, teacher: str, texts: Sequence[Text], top_k: int):
+        self.folder, self.texts = folder, {text.name: text for text in texts}
+        self.top_k = top_k
+        self.about = {
+            "format": FORMAT, "--teacher": teacher, "--top-k": top_k,
+            "--data": {text.name: text.key for text in texts},
+        }  # fmt: skip
+
+    def done(self) -> dict[str, int]:
+        """How many windows of each text are there.
+
+        Raises `InputError` where the folder holds what another teacher said, or of another text.
+        """
+        file = self.folder / RECORD
+        if not file.exists():
+            return dict.fromkeys(self.texts, 0)
+        try:
+            held = json.loads(file.read_text(encoding="utf8"))
+            done = {name: int(held["done"][name]) for name in self.texts if name in held["done"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: damaged ({error}); remove {self.folder}.") from error
+        for key, own in self.about.items():
+            if held.get(key) != own:
+                raise InputError(
+                    f"--target-dir {self.folder}: holds targets of another {key}; name another "
+                    "folder, or remove this one."
+                )
+        return dict.fromkeys(self.texts, 0) | done
+
+    @property
+    def complete(self) -> bool:
+        done = self.done()
+        return all(done[name] == len(text.tokens) for name, text in self.texts.items())
+
+    def write(
+        self, logits: Logits, *, batch_size: int, count: int | None = None,
+        progress: Progress = silent,
+    ) -> None:  # fmt: skip
+        """Ask the teacher for all that is not there; of its logits the first `count` matter.
+
+        Raises `ResourceError` where the disk has too little room.
+        """
+        done = self.done()
+        self._require_room(done)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for text in self.texts.values():
+                self._write(logits, text, done, batch_size, count, progress)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            raise self._full("the disk is full") from error
+
+    def teacher(self) -> Teacher:
+        """Answers from the disk alone."""
+        files = {name: self._open(name, "r") for name in self.texts}
+
+        def targets(text: Text, rows: np.ndarray, inputs_BT: mx.array) -> tuple[mx.array, ...]:
+            indices, kept = files[text.name]
+            return mx.array(indices[rows].astype(np.int32)), mx.array(kept[rows])
+
+        return targets
+
+    def bytes(self) -> int:
+        """Of all targets together."""
+        tokens = sum(text.tokens[:, 1:].size for text in self.texts.values())
+        return tokens * self.top_k * (np.dtype(np.uint32).itemsize + np.dtype(np.float16).itemsize)
+
+    def _write(self, logits, text: Text, done, batch_size, count, progress) -> None:
+        name, total = text.name, len(text.tokens)
+        if done[name] == total:
+            return
+        indices, kept = self._open(name, "r+" if done[name] else "w+")
+        starts = range(done[name], total, batch_size)
+        for number, start in enumerate(starts, start=1):
+            rows = slice(start, min(start + batch_size, total))
+            tokens = mx.array(text.tokens[rows, :-1])
+            indices[rows], kept[rows] = likeliest(logits(tokens)[..., :count], self.top_k)
+            if number % STEP == 0 or rows.stop == total:
+                indices.flush(), kept.flush()
+                done[name] = rows.stop
+                write_report(self.about | {"done": done}, self.folder / RECORD)
+            progress(f"teacher on {name} text", rows.stop, total)
+
+    def _open(self, name: str, mode: str) -> tuple[np.memmap, np.memmap]:
+        rows, length = self.texts[name].tokens.shape
+        shape, stem = (rows, length - 1, self.top_k), name.replace(" ", "-")
+        files = [self.folder / f"{stem}.{kind}.npy" for kind in ("indices", "log_probs")]
+        try:
+            return tuple(
+                open_memmap(file, mode, dtype=dtype, shape=shape if mode == "w+" else None)
+                for file, dtype in zip(files, (np.uint32, np.float16), strict=True)
+            )
+        except (FileNotFoundError, ValueError) as error:
+            raise InputError(
+                f"--target-dir {self.folder}: {error}; remove the folder to make it anew."
+            ) from error
+
+    def _require_room(self, done: dict[str, int]) -> None:
+        if any(done.values()):
+            return  # the files have their size from the first
+        above = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(above).free
+        if self.bytes() > free:
+            fits = self.top_k * free // self.bytes()
+            raise self._full(
+                f"{self.bytes() / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free"
+                + (f"; --top-k {fits} would fit" if fits else "")
+            )
+
+    def _full(self, reason: str) -> ResourceError:
+        with contextlib.suppress(OSError):
+            if not any(self.done().values()):
+                shutil.rmtree(self.folder, ignore_errors=True)
+        return ResourceError(
+            f"--target-dir {self.folder}: {reason}; name a folder on a larger disk, or give fewer "
+            "--iters."
+        )
+
+
+def likeliest(logits: mx.array, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `top_k` likeliest tokens of logits [..., V], likeliest first, and their
+    log-probabilities among all V."""
+    logs = log_probs(logits)
+    found = mx.argpartition(-logs, top_k - 1, axis=-1)[..., :top_k]
+    kept = mx.take_along_axis(logs, found, axis=-1)
+    order = mx.argsort(-kept, axis=-1)
+    found, kept = (mx.take_along_axis(each, order, axis=-1) for each in (found, kept))
+    return np.array(found), np.array(kept.astype(mx.float16))
