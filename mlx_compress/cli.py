@@ -4,14 +4,13 @@ Exit codes: 0 ok, 2 usage or bad input, 3 a check or gate failed, 4 not enough m
 Nothing heavy is imported before a command runs, so `--help` answers at once.
 """
 
-import contextlib
 import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .distill_command import distill
+from .distill_command import Iters, LearningRate, Loss, distill
 from .errors import InputError, exit_on_error
 from .flags import (
     Batch,
@@ -22,6 +21,7 @@ from .flags import (
     Data,
     DeploymentTarget,
     Dims,
+    DropType,
     Dtype,
     EvalSamples,
     Exportable,
@@ -32,6 +32,7 @@ from .flags import (
     Json,
     KvCache,
     Length,
+    MaxDrop,
     MaybeModel,
     Metadata,
     Model,
@@ -55,9 +56,17 @@ from .flags import (
     Trials,
     Trust,
 )
-from .options import BUDGETS, DROP_TYPES, EXPORTS, ExportOptions, Options, among
+from .options import (
+    EXPORTS,
+    METHODS,
+    DistillOptions,
+    ExportOptions,
+    Options,
+    among,
+    read_target,
+)
 
-DEFAULT, EXPORT = Options(), ExportOptions()
+DEFAULT, EXPORT, TRAINING = Options(), ExportOptions(), DistillOptions()
 DEFAULT_DIMS = ",".join(DEFAULT.dims)
 app = typer.Typer(
     rich_markup_mode=None, add_completion=False, no_args_is_help=True,
@@ -85,14 +94,19 @@ def compress(
     plan: Plan = None,
     carrier: Carrier = None,
     biases: Biases = False,
-    max_drop: Annotated[
-        float | None,
-        typer.Option("--max-drop", metavar="X", help="Reject a model whose loss rises by more."),
-    ] = DEFAULT.max_drop,
-    drop_type: Annotated[
+    max_drop: MaxDrop = DEFAULT.max_drop,
+    drop_type: DropType = DEFAULT.drop_type,
+    methods: Annotated[
         str,
-        typer.Option("--drop-type", metavar="NAME", help=f"One of {', '.join(DROP_TYPES)}."),
-    ] = DEFAULT.drop_type,
+        typer.Option(
+            "--methods", metavar="LIST",
+            help="prune, or prune,distill, which then trains it to say what the dense model says; "
+            "may be repeated, to remove a part each time.",
+        ),
+    ] = METHODS[0],
+    loss: Loss = TRAINING.loss,
+    iters: Iters = TRAINING.iters,
+    learning_rate: LearningRate = TRAINING.learning_rate,
     export: Annotated[
         str | None,
         typer.Option(
@@ -110,9 +124,9 @@ def compress(
 ) -> None:
     """Make an MLX model smaller and faster.
 
-    With options and no command: prune, save, verify and measure in one go. The folder that comes
-    out opens in stock mlx-lm (that of a saved program: in the commands here) and holds report.json
-    and compression.json; what --export names goes into folders in it.
+    With options and no command: prune (and distil), save, verify and measure in one go. The folder
+    that comes out opens in stock mlx-lm (that of a saved program: in the commands here) and holds
+    report.json and compression.json; what --export names goes into folders in it.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -124,13 +138,22 @@ def compress(
     )]  # fmt: skip
     targets = [] if export is None else _names("--export", export, EXPORTS)
     places = {name: given[1] / name for name in targets}
-    from . import jobs, ship
+    rounds = _rounds(methods)
+    kept = _kept(statistics, no_statistics)
+    from . import jobs, ship, training_jobs
 
     ship.check_places(places, EXPORT)
-    jobs.compress(
-        *given, options, plan=plan, carrier=carrier, biases=biases,
-        kept=_kept(statistics, no_statistics), trust=trust_remote_code,
-    )  # fmt: skip
+    more = {"plan": plan, "carrier": carrier, "biases": biases}
+    if rounds:
+        for name, value in more.items():
+            if value:
+                raise InputError(f"--{name}: not together with --methods {methods}; do one by one.")
+        training_jobs.prune_and_distill(
+            *given, options, _training(ctx.params), rounds=rounds, kept=kept,
+            trust=trust_remote_code,
+        )  # fmt: skip
+    else:
+        jobs.compress(*given, options, **more, kept=kept, trust=trust_remote_code)
     if places:
         ship.export_model(str(mlx_path), places, EXPORT, data=data, trust=trust_remote_code)
 
@@ -318,8 +341,26 @@ def _options(params: dict) -> Options:
         known["dims"] = tuple(part.strip() for part in known["dims"].split(",") if part.strip())
     known["ignored_layers"] = tuple(known.get("ignored_layers") or ())
     if params.get("target") is not None:
-        known |= _target(params["target"])
+        known |= read_target(params["target"])
     return Options(**known)
+
+
+def _training(params: dict) -> DistillOptions:
+    """The `DistillOptions` among a command's parameters."""
+    known = DistillOptions.__dataclass_fields__
+    return DistillOptions(**{k: v for k, v in params.items() if k in known})
+
+
+def _rounds(methods: str) -> int:
+    """How often to distil behind pruning; 0: only prune."""
+    names = [part.strip() for part in methods.split(",") if part.strip()]
+    among("--methods", tuple(names), METHODS)
+    if names == ["prune"]:
+        return 0
+    rounds = len(names) // 2
+    if names != ["prune", "distill"] * rounds:
+        raise InputError(f"--methods {methods}: write it as prune,distill, once or several times.")
+    return rounds
 
 
 def _kept(statistics: Path | None, no_statistics: bool) -> Path | None:
@@ -354,16 +395,6 @@ def _pairs(flag: str, texts: list[str]) -> dict[str, str]:
         if not name or not mark:
             raise InputError(f"{flag} {name}: write it as author=Me.")
     return {name: value for name, _, value in pairs}
-
-
-def _target(text: str) -> dict[str, float]:
-    name, mark, value = (part.strip() for part in text.partition("="))
-    if mark:
-        among("--target", (name,), tuple(BUDGETS))
-        with contextlib.suppress(ValueError):
-            return {name: float(value)}
-    examples = " or ".join(example for example, _ in BUDGETS.values())
-    raise InputError(f"--target {text}: write it as {examples}.")
 
 
 def _given(flag: str, value):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .errors import InputError
-from .flags import Batch, Config, EvalSamples, Length, Out, Seed, Trust
+from .flags import Batch, Config, DropType, EvalSamples, Length, MaxDrop, Out, Seed, Trust
 from .options import DIVERGENCES, TRAINING_DTYPES, DistillOptions
 
 DEFAULT = DistillOptions()
@@ -20,12 +20,15 @@ def _number(flag: str, words: str):
     return Annotated[float, typer.Option(flag, metavar="X", help=words)]
 
 
-Folder = Annotated[
-    str, typer.Option("--model", metavar="DIR", help="The student: a smaller model of its tokens.")
+Student = Annotated[
+    str | None,
+    typer.Option("--model", metavar="DIR", help="The student: a smaller model of its tokens."),
 ]
 Loss = Annotated[
     str, typer.Option("--loss", metavar="NAME", help=f"One of {', '.join(DIVERGENCES)}.")
 ]
+Iters = _count("--iters", "Steps of training.")
+LearningRate = _number("--learning-rate", "The highest; a cosine ends at 0.")
 Patience = Annotated[
     int | None,
     typer.Option(
@@ -62,7 +65,6 @@ def distill(
     teacher: Annotated[
         str, typer.Option("--teacher", metavar="DIR", help="The model to learn from, of any bits.")
     ],
-    model: Folder,
     data: Annotated[
         Path,
         typer.Option(
@@ -70,13 +72,13 @@ def distill(
             help="Folder with train/valid/test .jsonl or .txt, or one such file.",
         ),
     ],
+    model: Student = None,
     mlx_path: Out = None,
     config: Config = None,
     loss: Loss = DEFAULT.loss,
-    iters: _count("--iters", "Steps of training.") = DEFAULT.iters,
+    iters: Iters = DEFAULT.iters,
     batch_size: Batch = DEFAULT.batch_size,
-    learning_rate: _number("--learning-rate", "The highest; a cosine ends at 0.")
-    = DEFAULT.learning_rate,
+    learning_rate: LearningRate = DEFAULT.learning_rate,
     max_seq_length: Length = DEFAULT.max_seq_length,
     temperature: _number("--temperature", "Of both distributions.") = DEFAULT.temperature,
     hard_labels: _number("--hard-labels", "Weight of the text's own next tokens, 0-1.")
@@ -98,6 +100,15 @@ def distill(
     target_dir: TargetDir = None,
     targets_only: TargetsOnly = False,
     top_k: _count("--top-k", "Tokens of each of its answers that are kept.") = DEFAULT.top_k,
+    max_drop: MaxDrop = DEFAULT.max_drop,
+    drop_type: DropType = DEFAULT.drop_type,
+    stages: Annotated[
+        Path | None,
+        typer.Option(
+            "--stages", metavar="YAML",
+            help="Several students one after the other, instead of --model; see the README.",
+        ),
+    ] = None,
     eval_samples: EvalSamples = DEFAULT.eval_samples,
     seed: Seed = DEFAULT.seed,
     trust_remote_code: Trust = False,
@@ -113,9 +124,16 @@ def distill(
         raise InputError("--targets-only: name the folder to keep them in with --target-dir.")
     if not targets_only and mlx_path is None:
         raise InputError("--mlx-path: name the folder to write, or give --targets-only.")
-    from . import jobs
+    if (stages is None) == (model is None):
+        raise InputError("--model: name the student, or list students with --stages; one of them.")
+    if stages is not None and target_dir is not None:
+        raise InputError("--target-dir: not together with --stages, which have several texts.")
+    from . import training_jobs
 
-    jobs.distill(
-        teacher, model, None if targets_only else mlx_path, data, options,
-        target_dir=target_dir, trust=trust_remote_code,
-    )  # fmt: skip
+    more = {"trust": trust_remote_code}
+    if stages is not None:
+        training_jobs.distill_in_stages(teacher, stages, mlx_path, data, options, **more)
+    else:
+        place = None if targets_only else mlx_path
+        more["target_dir"] = target_dir
+        training_jobs.distill(teacher, model, place, data, options, **more)

@@ -15,6 +15,7 @@ from .bridges.students import common_tokens, student_of, teacher_of, trained_fet
 from .checkpoint import RECORD, check_free, parent_record
 from .data import Windows
 from .distill import Teacher, distil, live
+from .gate import rejected, require_drop
 from .options import DistillOptions
 from .plan import PrunePlan
 from .recipe import Planned, save_pruned
@@ -27,8 +28,10 @@ from .training_memory import require_memory
 from .training_state import Training, TrainingFolder
 from .training_text import Text, read_training
 
+PRUNED = ("plan", "parent", "kept_block_parameters")
+MORE = "train longer (--iters), take a larger student, or allow more"
 # What does not change how a run goes: it may differ when one goes on.
-OF_THE_MEASURING = ("eval_samples",)
+OF_THE_MEASURING = ("eval_samples", "max_drop", "drop_type")
 
 
 def distill(
@@ -40,47 +43,62 @@ def distill(
     *,
     work: Path | None = None,
     target_dir: Path | None = None,
+    dense: LanguageModel | None = None,
     told: Callable[[dict], None] = lambda point: None,
     on_notes: Callable[[list[str]], None] = lambda notes: None,
     progress: Progress = silent,
 ) -> dict:
     """Train the student on what the teacher says of `data`; save it to `out`, proven and measured.
 
-    Returns the report, which is also written into the folder as `report.json`: the teacher as
-    "dense", the student as "compressed". The state of the run is kept in `work`, by default
-    `OUT.training`, until all is done; the same call goes on from it. `told` hears of each held-out
-    measurement, `on_notes` of what is worth knowing before the training begins. With a `target_dir`
-    the teacher is asked once for all that is trained on, and its answers are kept there: the two
-    need not be in memory together.
+    Returns the report, which is also written into the folder as `report.json`: the teacher, or
+    `dense` where it is given, beside the student as "compressed". The state of the run is kept in
+    `work`, by default `OUT.training`, until all is done; the same call goes on from it. `told`
+    hears of each held-out measurement, `on_notes` of what is worth knowing before the training
+    begins. With a `target_dir` the teacher is asked once for all that is trained on, and its
+    answers are kept there: the two need not be in memory together.
 
     Raises `InputError` for other tokenizers, no or too little text, or a `work` folder of another
     run, `ResourceError` where it would not fit into memory, and `GateFailed` where a loss is not
-    finite.
+    finite or more is lost than the gate allows.
     """
     out, started = Path(out), time.perf_counter()
     work = training_place(out) if work is None else work
     check_free(out)
+    if options.max_drop is not None:
+        check_free(rejected(out))
     asked = _asked(teacher, student, options, data)
     windows = read_windows(student, data, "evaluation", options.measuring, asked.notes)
-    cached = target_dir is not None
-    _require_memory(teacher, student, options, with_teacher=not cached)
+    _require_memory(teacher, student, options, with_teacher=target_dir is None)
     on_notes(asked.notes)
-    if cached:
-        answers = _cached(teacher, asked, options, target_dir, progress)
-    else:
+    run = _run(teacher, student, options, asked, target_dir)
+    folder = TrainingFolder(work, run)
+    if target_dir is None:
         answers = live(teacher_of(teacher))
-    folder = TrainingFolder(work, _run(teacher, student, options, asked, cached))
-    module = student_of(student, options)
+    else:
+        answers = _cached(teacher, asked, options, target_dir, progress)
     training = distil(
-        module, answers, asked.train, asked.held_out, options, folder,
+        student_of(student, options), answers, asked.train, asked.held_out, options, folder,
         count=asked.count, told=told, progress=progress,
     )  # fmt: skip
-    del module, answers
+    del answers
     mx.clear_cache()
-    report = _save(
-        teacher, student, options, training, folder, windows, out, asked.notes, started, progress
-    )
+
+    def finish(place: Path) -> dict:
+        report = _measured(dense or teacher, open_model(place), windows, options, asked, progress)
+        report["distillation"] = _history(options, training) | {"losses": training.losses}
+        report["seconds"] = time.perf_counter() - started
+        write_report(report, place / "report.json")
+        return {k: report[k] for k in ("dense", "compressed", "paired") if k in report}
+
+    made = _made(teacher, student) | {"distillation": _history(options, training)}
+    planned = Planned(PrunePlan({}), student.config, 1.0, asked.notes, made=made)
+    fetch = trained_fetch(student, options, folder.best(training))
+    save_pruned(student, planned, out, fetch=fetch, finish=finish, progress=progress)
     shutil.rmtree(work)
+    report = json.loads((out / "report.json").read_text(encoding="utf8"))
+    if "compressed" in report:
+        losses = [report[name]["nats_per_token"] for name in ("dense", "compressed")]
+        require_drop(*losses, options.max_drop, options.drop_type, out, lambda: MORE)
     return report
 
 
@@ -129,14 +147,14 @@ def training_place(out: Path) -> Path:
     return out.with_name(f"{out.name}.training")
 
 
-def _run(teacher, student, options: DistillOptions, asked: _Asked, cached: bool) -> dict:
+def _run(teacher, student, options: DistillOptions, asked: _Asked, target_dir) -> dict:
     """What a run depends on."""
     chosen = {k: v for k, v in asdict(options).items() if k not in OF_THE_MEASURING}
     return {
         "--teacher": _identity(teacher),
         "--model": _identity(student),
         "--data": _short(asked.train.key, asked.held_out.key),
-        "--target-dir": "given" if cached else "not given",
+        "--target-dir": "not given" if target_dir is None else "given",
         **{"--" + name.replace("_", "-"): value for name, value in chosen.items()},
     }
 
@@ -158,35 +176,40 @@ def _require_memory(teacher, student, options: DistillOptions, *, with_teacher: 
     )  # fmt: skip
 
 
-def _save(
-    teacher, student, options, training: Training, folder: TrainingFolder, windows: Windows,
-    out: Path, notes: list[str], started: float, progress: Progress,
+def _measured(
+    dense: LanguageModel, distilled: LanguageModel, windows: Windows, options: DistillOptions,
+    asked: _Asked, progress: Progress,
 ) -> dict:  # fmt: skip
-    history = {
+    """The report of both, or of the distilled one where memory holds only one of them."""
+    together = fit_together(dense, distilled)
+    if not together:
+        asked.notes.append("the dense model does not fit beside the other, and was not measured")
+    pair = (dense, distilled) if together else (distilled, None)
+    report = evaluate_folders(*pair, windows, options.measuring, progress=progress)
+    return report | {"notes": asked.notes}
+
+
+def _history(options: DistillOptions, training: Training) -> dict:
+    return {
         "options": asdict(options),
         "steps": training.step,
         "best_step": training.best_step,
         "held_out": training.curve,
     }
-    made = {"distillation": history, "teacher": parent_record(teacher.path)}
-    made |= {"student": _record(student.path)} if _record(student.path) else {}
-    planned = Planned(PrunePlan({}), student.config, 1.0, notes, made=made)
-    report: dict = {}
 
-    def finish(place: Path) -> dict:
-        distilled = open_model(place)
-        pair = (teacher, distilled) if fit_together(teacher, distilled) else (distilled, None)
-        if pair[1] is None:
-            notes.append("teacher and student are not in memory together: only one was measured")
-        report.update(evaluate_folders(*pair, windows, options.measuring, progress=progress))
-        report["distillation"] = history | {"losses": training.losses}
-        report["notes"], report["seconds"] = notes, time.perf_counter() - started
-        write_report(report, place / "report.json")
-        return {k: report[k] for k in ("dense", "compressed", "paired") if k in report}
 
-    fetch = trained_fetch(student, options, folder.best(training))
-    save_pruned(student, planned, out, fetch=fetch, finish=finish, progress=progress)
-    return report
+def _made(teacher: LanguageModel, student: LanguageModel) -> dict:
+    """Where the model comes from, for its record.
+
+    A student that was pruned from this teacher is still what its plan says, and has its parent.
+    """
+    made: dict = {"teacher": parent_record(teacher.path)}
+    before = _record(student.path)
+    if before is None:
+        return made
+    if before.get("parent", {}).get("sha256") == made["teacher"]["sha256"]:
+        made |= {key: before[key] for key in PRUNED if key in before}
+    return made | {"student": before}
 
 
 def _record(folder: Path) -> dict | None:

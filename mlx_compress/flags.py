@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import BUDGETS, DTYPES, EXPORTS, IMPORTANCES, KINDS, LAYER_KINDS
+from .options import BUDGETS, DROP_TYPES, DTYPES, EXPORTS, IMPORTANCES, KINDS, LAYER_KINDS
 
 
 def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -94,6 +94,13 @@ Refit = Annotated[
     typer.Option(
         "--refit/--no-refit", help="Fit the weights that read what is removed anew (needs --data)."
     ),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option("--max-drop", metavar="X", help="Reject a model whose loss rises by more."),
+]
+DropType = Annotated[
+    str, typer.Option("--drop-type", metavar="NAME", help=f"One of {', '.join(DROP_TYPES)}.")
 ]
 Samples = Annotated[
     int,

@@ -93,17 +93,28 @@ def pass_gate(planned, dense: float, compressed: float, samples: Samples, out: P
     those of both models on `samples`.
     """
     options = planned.calibration.options
-    found = drop(dense, compressed, options.drop_type)
-    if options.max_drop is None or found <= options.max_drop:
+
+    def remedy() -> str:
+        budget = planned.calibration.budget
+        whole = 1.0 if budget is None else budget.dense()
+        return words(options, _what_passes(planned, dense, samples, whole), whole)
+
+    require_drop(dense, compressed, options.max_drop, options.drop_type, out, remedy)
+
+
+def require_drop(
+    dense: float, compressed: float, max_drop: float | None, drop_type: str, out: Path,
+    remedy: Callable[[], str],
+) -> None:  # fmt: skip
+    """Set a model that loses too much aside. Raises `Rejected`, with the remedy."""
+    found = drop(dense, compressed, drop_type)
+    if max_drop is None or found <= max_drop:
         return
     aside = rejected(out)
     out.rename(aside)
-    budget = planned.calibration.budget
-    whole = 1.0 if budget is None else budget.dense()
-    passing = _what_passes(planned, dense, samples, whole)
     raise Rejected(
-        f"the loss rises by {found:.3g} ({options.drop_type}), --max-drop {options.max_drop:g} is "
-        f"allowed; kept aside as {aside}; {words(options, passing, whole)}.",
+        f"the loss rises by {found:.3g} ({drop_type}), --max-drop {max_drop:g} is allowed; "
+        f"kept aside as {aside}; {remedy()}.",
         aside,
     )
 

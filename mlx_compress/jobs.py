@@ -18,7 +18,7 @@ from .bridges.measure import evaluate_folders
 from .checkpoint import check_free
 from .errors import InputError
 from .gate import Rejected
-from .options import DistillOptions, Options
+from .options import Options
 from .plan import diff as plan_diff
 from .report import comparison_table, write_report
 from .scoring import inspect as inspect_axes
@@ -61,19 +61,25 @@ def compress(
         nonlocal heard
         heard = tell_plan(planned)
 
+    with told_if_rejected(), progress_bars() as progress:
+        report = road.compress(
+            source, options, data, mlx_path, plan=saved, carrier=carrier, kept=kept,
+            on_plan=on_plan, progress=progress,
+        )  # fmt: skip
+    tell_report(report)
+    tell_notes(report["notes"][heard:])
+    tell_saved(mlx_path)
+
+
+@contextmanager
+def told_if_rejected() -> Iterator[None]:
+    """Show what a model is like that the gate rejects."""
     try:
-        with progress_bars() as progress:
-            report = road.compress(
-                source, options, data, mlx_path, plan=saved, carrier=carrier, kept=kept,
-                on_plan=on_plan, progress=progress,
-            )  # fmt: skip
+        yield
     except Rejected as kept_aside:
         report = (kept_aside.folder / "report.json").read_text(encoding="utf8")
         tell_report(json.loads(report))
         raise
-    tell_report(report)
-    tell_notes(report["notes"][heard:])
-    tell_saved(mlx_path)
 
 
 def prune(
@@ -98,62 +104,6 @@ def prune(
     if mlx_path is not None:
         tell_notes(planned.notes[heard:])
         tell_saved(mlx_path)
-
-
-def distill(
-    teacher: str, model: str, mlx_path: Path | None, data: Path, options: DistillOptions,
-    *, target_dir: Path | None, trust: bool,
-) -> None:  # fmt: skip
-    """Train a student on a teacher, with a line for each measurement and the closing table.
-
-    Without an `mlx_path` the teacher is only asked, and its answers are kept in `target_dir`.
-    """
-    from . import distill_recipe
-
-    if mlx_path is not None:
-        check_free(mlx_path)
-    models = []
-    for flag, name in (("--teacher", teacher), ("--model", model)):
-        if program_recipe.is_saved(name):
-            raise InputError(f"{flag} {name}: is a saved program; give a language model.")
-        models.append(recipe.open_model(name, trust_remote_code=trust))
-    if mlx_path is None:
-        with progress_bars() as progress:
-            notes = distill_recipe.keep_targets(
-                *models, options, data, target_dir, progress=progress
-            )
-        tell_notes(notes)
-        err.print(f"What the teacher says is kept in {target_dir}.", soft_wrap=True)
-        return
-    work = distill_recipe.training_place(mlx_path)
-    heard = 0
-
-    def on_notes(notes: list[str]) -> None:
-        nonlocal heard
-        heard = len(notes)
-        tell_notes(notes)
-
-    try:
-        with progress_bars() as progress:
-            report = distill_recipe.distill(
-                *models, options, data, mlx_path, work=work, target_dir=target_dir,
-                told=tell_point, on_notes=on_notes, progress=progress,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        if work.exists():
-            err.print(f"Kept in {work}; the same command goes on from there.", soft_wrap=True)
-        raise
-    tell_report(report)
-    tell_notes(report["notes"][heard:])
-    tell_saved(mlx_path)
-
-
-def tell_point(point: dict) -> None:
-    """A held-out measurement on the way."""
-    told = f"step {point['step']}: {point['cross_entropy']:.4f} nats/token held out"
-    if "divergence" in point:
-        told += f", {point['divergence']:.4f} from the teacher"
-    err.print(told, highlight=False, soft_wrap=True)
 
 
 def _road(model: str):

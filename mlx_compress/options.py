@@ -3,6 +3,7 @@
 Light on purpose: the command line reads this for its help and imports nothing else.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ EXPORTS = ("onnx", "coreml", "torch", "mlxfn")
 PALETTES = ("palette2", "palette4", "palette6", "palette8")
 QUANTIZE = ("int4", "int8", "dynamic", "static", *PALETTES)
 KV_CACHES = ("grow", "buffer")
+METHODS = ("prune", "distill")
 DROP_TYPES = ("relative", "absolute")
 DTYPES = ("float32", "float16")
 TRAINING_DTYPES = ("float32", "bfloat16")
@@ -81,9 +83,7 @@ class Options:
             ("max_seq_length", 2), ("batch_size", 1),
         ))  # fmt: skip
         self._check_amount()
-        among("--drop-type", (self.drop_type,), DROP_TYPES)
-        if self.max_drop is not None and not self.max_drop >= 0:
-            raise InputError(f"--max-drop {self.max_drop:g}: must be 0 or more.")
+        _check_gate(self)
         among("--importance", tuple(self.importance.split("+")), IMPORTANCES)
         among("--dims", self.dims, KINDS + LAYER_KINDS)
 
@@ -130,7 +130,8 @@ class DistillOptions:
     are learnt from. `dtype` is that of the student's arithmetic; its weights are held in float32.
     With `grad_checkpoint` layers are computed a second time instead of held. A `lora_rank` above 0
     trains adapters of that rank, which are merged at the end. Where a teacher's answers are kept on
-    disk they are its `top_k` likeliest tokens. `eval_samples` windows are measured at last.
+    disk they are its `top_k` likeliest tokens. `eval_samples` windows are measured at last, and
+    `max_drop` is a gate on their loss as in `Options`.
     """
 
     loss: str = "reverse-kl"
@@ -152,11 +153,14 @@ class DistillOptions:
     grad_checkpoint: bool = False
     lora_rank: int = 0
     top_k: int = 128
+    max_drop: float | None = None
+    drop_type: str = "relative"
     seed: int = 0
 
     def __post_init__(self):
         among("--loss", (self.loss,), DIVERGENCES)
         among("--dtype", (self.dtype,), TRAINING_DTYPES)
+        _check_gate(self)
         _at_least(self, (
             ("iters", 1), ("batch_size", 1), ("warmup", 0), ("grad_accumulation_steps", 1),
             ("steps_per_eval", 1), ("patience", 1), ("max_seq_length", 2), ("val_samples", 1),
@@ -224,11 +228,28 @@ class ExportOptions:
                 for n, s in self.sizes.items()}  # fmt: skip
 
 
+def read_target(text: str) -> dict[str, float]:
+    """A budget as it is written: its name in `BUDGETS` and its value."""
+    name, mark, value = (part.strip() for part in text.partition("="))
+    if mark:
+        among("--target", (name,), tuple(BUDGETS))
+        with contextlib.suppress(ValueError):
+            return {name: float(value)}
+    examples = " or ".join(example for example, _ in BUDGETS.values())
+    raise InputError(f"--target {text}: write it as {examples}.")
+
+
 def _at_least(options, bounds: tuple[tuple[str, int], ...]) -> None:
     for name, least in bounds:
         value = getattr(options, name)
         if value is not None and value < least:
             raise InputError(f"{_flag(name)} {value}: must be at least {least}.")
+
+
+def _check_gate(options) -> None:
+    among("--drop-type", (options.drop_type,), DROP_TYPES)
+    if options.max_drop is not None and not options.max_drop >= 0:
+        raise InputError(f"--max-drop {options.max_drop:g}: must be 0 or more.")
 
 
 def _flag(name: str) -> str:

@@ -1,0 +1,174 @@
+"""Several distillations in a row: a family's models one after the other, or prune a little, distil
+a little, repeated.
+
+A YAML file lists the stages. Each names its student: a model, or how much of the model before it
+is to be kept. What else it says replaces the options of the command for that stage alone.
+
+    - target: params=0.7        # of the teacher's blocks: prune, then distil
+      iters: 300
+    - target: params=0.7        # of the blocks that the first stage left
+      teacher: previous         # the first stage's model instead of the command's --teacher
+      max-drop: 0.1
+    - model: MODEL_DIR          # another checkpoint with the same tokens
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import yaml
+
+from . import distill_recipe, recipe
+from .bridges.mlx_lm import LanguageModel, open_model
+from .checkpoint import check_free
+from .errors import InputError
+from .gate import rejected
+from .options import BUDGETS, DistillOptions, Options, read_target
+from .report import write_report
+from .stream import Progress, silent
+
+TEACHERS = ("first", "previous")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One student: `model`, or by `pruning` what is left of the model before it."""
+
+    options: DistillOptions
+    model: str | None = None
+    pruning: Options | None = None
+    teacher: str = "first"
+
+
+@dataclass
+class Heard:
+    """What a caller wants to hear of a stage: its start, what was decided, its measurements."""
+
+    stage: Callable[[str], None] = lambda name: None
+    plan: Callable[[object], None] = lambda planned: None
+    notes: Callable[[list[str]], None] = lambda notes: None
+    point: Callable[[dict], None] = lambda point: None
+    progress: Progress = field(default=silent)
+
+
+def run_stages(
+    teacher: LanguageModel, stages: list[Stage], data: str | Path, out: str | Path,
+    *, kept: Path | None = None, heard: Heard | None = None, trust_remote_code: bool = False,
+) -> dict:  # fmt: skip
+    """Run the stages; the last one's model is `out`, measured beside the first teacher.
+
+    Each stage has its own gate. What is done is kept in `OUT.training`, and the same call goes on
+    there. Returns the last report, with a row for each stage under "stages": what training it
+    brought, in held-out nats per token. `kept` is where statistics of pruning are kept. Raises as
+    `distill_recipe.distill`.
+    """
+    out, heard = Path(out), heard or Heard()
+    check_free(out)
+    work = distill_recipe.training_place(out)
+    previous, rows = teacher, []
+    for number, stage in enumerate(stages, start=1):
+        place = out if number == len(stages) else work / f"stage-{number}"
+        heard.stage(f"Stage {number} of {len(stages)}")
+        if place.exists():
+            report = json.loads((place / "report.json").read_text(encoding="utf8"))
+        else:
+            student = _student(stage, previous, data, work / f"student-{number}", kept, heard,
+                               trust_remote_code)  # fmt: skip
+            _clear(rejected(place), stage)
+            report = distill_recipe.distill(
+                previous if stage.teacher == "previous" else teacher, student, stage.options,
+                data, place, work=work / f"training-{number}", dense=teacher,
+                told=heard.point, on_notes=heard.notes, progress=heard.progress,
+            )  # fmt: skip
+        rows.append(_row(number, report))
+        previous = open_model(place, trust_remote_code=trust_remote_code)
+    report["stages"] = rows
+    write_report(report, out / "report.json")
+    shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def _student(
+    stage: Stage, previous: LanguageModel, data, place: Path, kept, heard: Heard, trust: bool
+) -> LanguageModel:
+    if stage.model is not None:
+        return open_model(stage.model, trust_remote_code=trust)
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        planned = recipe.make_plan(
+            previous, stage.pruning, data, kept=kept, progress=heard.progress
+        )
+        heard.plan(planned)
+        recipe.save_pruned(previous, planned, place, progress=heard.progress)
+    return open_model(place)
+
+
+def _clear(aside: Path, stage: Stage) -> None:
+    """A stage that its gate rejected is tried again by the same command."""
+    if stage.options.max_drop is not None and aside.exists():
+        shutil.rmtree(aside)
+
+
+def _row(number: int, report: Mapping) -> dict:
+    """Whether a stage paid."""
+    done = report["distillation"]
+    by_step = {point["step"]: point["cross_entropy"] for point in done["held_out"]}
+    return {
+        "stage": number,
+        "parameters": report.get("compressed", report["dense"])["parameters"],
+        "before": by_step[0],
+        "after": by_step[done["best_step"]],
+        "nats_per_token": report.get("compressed", report["dense"])["nats_per_token"],
+        "seconds": report["seconds"],
+    }
+
+
+def read_stages(path: Path, options: DistillOptions, pruning: Options) -> list[Stage]:
+    """The stages of a YAML file, over the options of the command. Raises `InputError`."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--stages {path}: not readable as YAML ({reason}).") from error
+    if not isinstance(document, list) or not all(isinstance(each, dict) for each in document):
+        raise InputError(f"--stages {path}: must be a list of stages, each with target or model.")
+    if not document:
+        raise InputError(f"--stages {path}: is empty; list the stages.")
+    stages = [_stage(f"--stages {path}, stage {n}", each, options, pruning)
+              for n, each in enumerate(document, start=1)]  # fmt: skip
+    if stages[0].teacher == "previous":
+        raise InputError(f"--stages {path}, stage 1: teacher: previous, but there is none before.")
+    return stages
+
+
+def _typed(where: str, name: str, value):
+    """YAML reads 1e-4 as a word."""
+    kind = type(getattr(DistillOptions(), name))
+    kind = {type(None): float if name == "max_drop" else int}.get(kind, kind)
+    try:
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError
+        return None if value is None else kind(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: {name}: {value}: is no {kind.__name__}.") from None
+
+
+def _stage(where: str, entries: Mapping, options: DistillOptions, pruning: Options) -> Stage:
+    entries = {str(key).lstrip("-").replace("-", "_"): value for key, value in entries.items()}
+    model, target = entries.pop("model", None), entries.pop("target", None)
+    teacher = entries.pop("teacher", "first")
+    if teacher not in TEACHERS:
+        raise InputError(f"{where}: teacher {teacher}: choose from {', '.join(TEACHERS)}.")
+    if (model is None) == (target is None):
+        raise InputError(f"{where}: give either target (as {BUDGETS['params'][0]}) or model.")
+    own = {f.name for f in fields(DistillOptions)}
+    unknown = set(entries) - own
+    if unknown:
+        known = ", ".join(sorted({"model", "target", "teacher", *own}))
+        raise InputError(f"{where}: {min(unknown)!r} is no option here; known: {known}.")
+    wanted = replace(options, **{name: _typed(where, name, entries[name]) for name in entries})
+    if model is not None:
+        return Stage(wanted, model=str(model), teacher=teacher)
+    return Stage(wanted, pruning=replace(pruning, **read_target(str(target))), teacher=teacher)
