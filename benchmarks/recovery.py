@@ -27,12 +27,13 @@ from rich.table import Table
 from .. import recipe
 from ..bridges.mlx_lm import LanguageModel, open_model
 from ..bridges.students import common_tokens, student_of, teacher_of
-from ..distill import distil, gradients, live
+from ..distill import NextToken, gradients, live
 from ..errors import exit_on_error
 from ..evaluate import bootstrap_interval, token_losses
 from ..options import DIVERGENCES, DistillOptions, Options
 from ..report import machine, write_report
 from ..scoring import read_windows
+from ..training import train
 from ..training_state import TrainingFolder
 from ..training_text import Text, read_training
 
@@ -120,10 +121,11 @@ def trained(bench: Bench, name: str, seed: int, ratio: float, place: Path, say) 
         folder = TrainingFolder(place / f"{name}-{seed}".replace(" ", "-"), asdict(options))
         teacher = live(teacher_of(bench.teacher))
         started = time.perf_counter()
-        done = distil(
-            module, teacher, bench.train, bench.held_out, options, folder, count=bench.count,
-            told=lambda point: say(f"{name}, seed {seed}: {point}"),
-        )  # fmt: skip
+        objective = NextToken(
+            module, teacher, bench.train, bench.held_out, options, bench.count
+        )
+        told = lambda point: say(f"{name}, seed {seed}: {point}")  # noqa: E731
+        done = train(objective, options, folder, told=told)
         tokens = options.windows * (options.max_seq_length - 1)
         row |= {"steps": done.step, "best_step": done.best_step, "tokens": tokens,
                 "held_out": done.curve, "seconds": time.perf_counter() - started}  # fmt: skip

@@ -7,7 +7,7 @@ import typer
 
 from .errors import InputError
 from .flags import Batch, Config, DropType, EvalSamples, Length, MaxDrop, Out, Seed, Trust
-from .options import DIVERGENCES, TRAINING_DTYPES, DistillOptions
+from .options import DIVERGENCES, EMBEDDING_LOSSES, TRAINING_DTYPES, DistillOptions
 
 DEFAULT = DistillOptions()
 
@@ -25,8 +25,13 @@ Student = Annotated[
     typer.Option("--model", metavar="DIR", help="The student: a smaller model of its tokens."),
 ]
 Loss = Annotated[
-    str, typer.Option("--loss", metavar="NAME", help=f"One of {', '.join(DIVERGENCES)}.")
-]
+    str | None,
+    typer.Option(
+        "--loss", metavar="NAME",
+        help=f"Of distributions: {', '.join(DIVERGENCES)} (reverse-kl of next tokens, forward-kl "
+        f"of classes unless named). Of embeddings: {', '.join(EMBEDDING_LOSSES)}.",
+    ),
+]  # fmt: skip
 Iters = _count("--iters", "Steps of training.")
 LearningRate = _number("--learning-rate", "The highest; a cosine ends at 0.")
 Patience = Annotated[

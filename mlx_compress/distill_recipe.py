@@ -14,7 +14,7 @@ from .bridges.mlx_lm import LanguageModel, open_model
 from .bridges.students import common_tokens, student_of, teacher_of, trained_fetch
 from .checkpoint import RECORD, check_free, parent_record
 from .data import Windows
-from .distill import Teacher, distil, live
+from .distill import NextToken, Teacher, live
 from .gate import rejected, require_drop
 from .options import DistillOptions
 from .plan import PrunePlan
@@ -24,6 +24,7 @@ from .scoring import read_windows
 from .store import store_key
 from .stream import Progress, silent
 from .teacher_targets import TargetFolder
+from .training import train
 from .training_memory import require_memory
 from .training_state import Training, TrainingFolder
 from .training_text import Text, read_training
@@ -76,29 +77,28 @@ def distill(
         answers = live(teacher_of(teacher))
     else:
         answers = _cached(teacher, asked, options, target_dir, progress)
-    training = distil(
-        student_of(student, options), answers, asked.train, asked.held_out, options, folder,
-        count=asked.count, told=told, progress=progress,
-    )  # fmt: skip
-    del answers
+    objective = NextToken(
+        student_of(student, options), answers, asked.train, asked.held_out, options, asked.count
+    )
+    training = train(objective, options, folder, told=told, progress=progress)
+    history = history_of(options, training, objective.judged_by)
+    del answers, objective
     mx.clear_cache()
 
     def finish(place: Path) -> dict:
         report = _measured(dense or teacher, open_model(place), windows, options, asked, progress)
-        report["distillation"] = _history(options, training) | {"losses": training.losses}
+        report["distillation"] = history | {"losses": training.losses}
         report["seconds"] = time.perf_counter() - started
         write_report(report, place / "report.json")
         return {k: report[k] for k in ("dense", "compressed", "paired") if k in report}
 
-    made = _made(teacher, student) | {"distillation": _history(options, training)}
+    made = made_from(teacher.path, student.path) | {"distillation": history}
     planned = Planned(PrunePlan({}), student.config, 1.0, asked.notes, made=made)
     fetch = trained_fetch(student, options, folder.best(training))
     save_pruned(student, planned, out, fetch=fetch, finish=finish, progress=progress)
     shutil.rmtree(work)
     report = json.loads((out / "report.json").read_text(encoding="utf8"))
-    if "compressed" in report:
-        losses = [report[name]["nats_per_token"] for name in ("dense", "compressed")]
-        require_drop(*losses, options.max_drop, options.drop_type, out, lambda: MORE)
+    require_gate(report, "nats_per_token", options, out)
     return report
 
 
@@ -131,7 +131,7 @@ def _asked(teacher, student, options: DistillOptions, data) -> _Asked:
 def _cached(teacher, asked: _Asked, options: DistillOptions, place: Path, progress) -> Teacher:
     """A teacher that answers from disk, after it was asked for what is not there yet."""
     top_k = min(options.top_k, asked.count)
-    targets = TargetFolder(place, _identity(teacher), (asked.train, asked.held_out), top_k)
+    targets = TargetFolder(place, identity(teacher.path), (asked.train, asked.held_out), top_k)
     if not targets.complete:
         check_memory(teacher)
         targets.write(
@@ -149,21 +149,27 @@ def training_place(out: Path) -> Path:
 
 def _run(teacher, student, options: DistillOptions, asked: _Asked, target_dir) -> dict:
     """What a run depends on."""
-    chosen = {k: v for k, v in asdict(options).items() if k not in OF_THE_MEASURING}
     return {
-        "--teacher": _identity(teacher),
-        "--model": _identity(student),
-        "--data": _short(asked.train.key, asked.held_out.key),
+        "--teacher": identity(teacher.path),
+        "--model": identity(student.path),
+        "--data": short(asked.train.key, asked.held_out.key),
         "--target-dir": "not given" if target_dir is None else "given",
-        **{"--" + name.replace("_", "-"): value for name, value in chosen.items()},
+        **options_of(options),
     }
 
 
-def _identity(model: LanguageModel) -> str:
-    return _short(*parent_record(model.path)["sha256"].values())
+def options_of(options: DistillOptions) -> dict:
+    """The options that a run depends on, by their flags."""
+    chosen = {k: v for k, v in asdict(options).items() if k not in OF_THE_MEASURING}
+    return {"--" + name.replace("_", "-"): value for name, value in chosen.items()}
 
 
-def _short(*parts: str) -> str:
+def identity(folder: Path) -> str:
+    """A short name for the config and the weights of a folder."""
+    return short(*parent_record(folder)["sha256"].values())
+
+
+def short(*parts: str) -> str:
     return store_key(*parts)[:12]
 
 
@@ -189,27 +195,36 @@ def _measured(
     return report | {"notes": asked.notes}
 
 
-def _history(options: DistillOptions, training: Training) -> dict:
+def history_of(options: DistillOptions, training: Training, judged_by: str) -> dict:
+    """How a training went, for record and report."""
     return {
         "options": asdict(options),
         "steps": training.step,
         "best_step": training.best_step,
+        "judged_by": judged_by,
         "held_out": training.curve,
     }
 
 
-def _made(teacher: LanguageModel, student: LanguageModel) -> dict:
+def made_from(teacher: Path, student: Path) -> dict:
     """Where the model comes from, for its record.
 
     A student that was pruned from this teacher is still what its plan says, and has its parent.
     """
-    made: dict = {"teacher": parent_record(teacher.path)}
-    before = _record(student.path)
+    made: dict = {"teacher": parent_record(teacher)}
+    before = _record(student)
     if before is None:
         return made
     if before.get("parent", {}).get("sha256") == made["teacher"]["sha256"]:
         made |= {key: before[key] for key in PRUNED if key in before}
     return made | {"student": before}
+
+
+def require_gate(report: dict, loss: str, options: DistillOptions, out: Path) -> None:
+    """Set a model aside that loses more than the options allow. Raises `Rejected`."""
+    if "compressed" in report:
+        losses = [report[name][loss] for name in ("dense", "compressed")]
+        require_drop(*losses, options.max_drop, options.drop_type, out, lambda: MORE)
 
 
 def _record(folder: Path) -> dict | None:

@@ -20,15 +20,17 @@ from pathlib import Path
 
 import yaml
 
-from . import distill_recipe, recipe
-from .bridges.mlx_lm import LanguageModel, open_model
+from . import distill_recipe, program_distill_recipe, program_recipe, recipe
+from .bridges.mlx_lm import LanguageModel
 from .checkpoint import check_free
 from .errors import InputError
 from .gate import rejected
 from .options import BUDGETS, DistillOptions, Options, read_target
+from .program_recipe import SavedProgram
 from .report import write_report
 from .stream import Progress, silent
 
+Model = LanguageModel | SavedProgram
 TEACHERS = ("first", "previous")
 
 
@@ -54,19 +56,20 @@ class Heard:
 
 
 def run_stages(
-    teacher: LanguageModel, stages: list[Stage], data: str | Path, out: str | Path,
+    teacher: Model, stages: list[Stage], data: str | Path, out: str | Path,
     *, kept: Path | None = None, heard: Heard | None = None, trust_remote_code: bool = False,
 ) -> dict:  # fmt: skip
     """Run the stages; the last one's model is `out`, measured beside the first teacher.
 
     Each stage has its own gate. What is done is kept in `OUT.training`, and the same call goes on
     there. Returns the last report, with a row for each stage under "stages": what training it
-    brought, in held-out nats per token. `kept` is where statistics of pruning are kept. Raises as
+    brought to what it is judged by. `kept` is where statistics of pruning are kept. Raises as
     `distill_recipe.distill`.
     """
     out, heard = Path(out), heard or Heard()
     check_free(out)
     work = distill_recipe.training_place(out)
+    pruning_road, training_road = roads(teacher)
     previous, rows = teacher, []
     for number, stage in enumerate(stages, start=1):
         place = out if number == len(stages) else work / f"stage-{number}"
@@ -74,35 +77,40 @@ def run_stages(
         if place.exists():
             report = json.loads((place / "report.json").read_text(encoding="utf8"))
         else:
-            student = _student(stage, previous, data, work / f"student-{number}", kept, heard,
-                               trust_remote_code)  # fmt: skip
+            student = _student(pruning_road, stage, previous, data, work / f"student-{number}",
+                               kept, heard, trust_remote_code)  # fmt: skip
             _clear(rejected(place), stage)
-            report = distill_recipe.distill(
+            report = training_road.distill(
                 previous if stage.teacher == "previous" else teacher, student, stage.options,
                 data, place, work=work / f"training-{number}", dense=teacher,
                 told=heard.point, on_notes=heard.notes, progress=heard.progress,
             )  # fmt: skip
         rows.append(_row(number, report))
-        previous = open_model(place, trust_remote_code=trust_remote_code)
+        previous = pruning_road.open_model(place, trust_remote_code=trust_remote_code)
     report["stages"] = rows
     write_report(report, out / "report.json")
     shutil.rmtree(work, ignore_errors=True)
     return report
 
 
+def roads(model: Model):
+    """How models of this kind are pruned, and how they are trained."""
+    if isinstance(model, SavedProgram):
+        return program_recipe, program_distill_recipe
+    return recipe, distill_recipe
+
+
 def _student(
-    stage: Stage, previous: LanguageModel, data, place: Path, kept, heard: Heard, trust: bool
-) -> LanguageModel:
+    road, stage: Stage, previous: Model, data, place: Path, kept, heard: Heard, trust: bool
+) -> Model:
     if stage.model is not None:
-        return open_model(stage.model, trust_remote_code=trust)
+        return road.open_model(stage.model, trust_remote_code=trust)
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        planned = recipe.make_plan(
-            previous, stage.pruning, data, kept=kept, progress=heard.progress
-        )
+        planned = road.make_plan(previous, stage.pruning, data, kept=kept, progress=heard.progress)
         heard.plan(planned)
-        recipe.save_pruned(previous, planned, place, progress=heard.progress)
-    return open_model(place)
+        road.save_pruned(previous, planned, place, progress=heard.progress)
+    return road.open_model(place)
 
 
 def _clear(aside: Path, stage: Stage) -> None:
@@ -113,14 +121,15 @@ def _clear(aside: Path, stage: Stage) -> None:
 
 def _row(number: int, report: Mapping) -> dict:
     """Whether a stage paid."""
-    done = report["distillation"]
-    by_step = {point["step"]: point["cross_entropy"] for point in done["held_out"]}
+    done, judged = report["distillation"], report["distillation"]["judged_by"]
+    by_step = {point["step"]: point[judged] for point in done["held_out"]}
+    last = report.get("compressed", report["dense"])
     return {
         "stage": number,
-        "parameters": report.get("compressed", report["dense"])["parameters"],
+        "parameters": last["parameters"],
         "before": by_step[0],
         "after": by_step[done["best_step"]],
-        "nats_per_token": report.get("compressed", report["dense"])["nats_per_token"],
+        "loss": last.get("nats_per_token", last.get("loss")),
         "seconds": report["seconds"],
     }
 

@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import program_recipe, recipe
-from .archive import read_record
 from .axes import named_axes
 from .bridges.measure import evaluate_folders
-from .checkpoint import check_free
+from .checkpoint import RECORD, check_free
 from .errors import InputError
 from .gate import Rejected
 from .options import Options
@@ -232,11 +231,18 @@ def tell_saved(path: Path) -> None:
     """Where it is, what was proven of it, and what to do with it."""
     if program_recipe.is_saved(str(path)):
         how = f"compress export --model {path} --to onnx -o {path}-onnx"
-        error = read_record(path)["verified"]["error_against_zeroing"]
-        same = "the dense program with the removed units zeroed computes the same"
-        proven = same if error is not None else "not compared, as removing here is not zeroing"
+        proven = _proof(json.loads((path / RECORD).read_text(encoding="utf8"))["verified"])
     else:
         how = f"mlx_lm.generate --model {path} --prompt 'Once'"
         proven = "verified with stock mlx-lm"
     for line in (f"Saved to {path}: {proven}.", f"  {how}"):
         err.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _proof(verified: dict) -> str:
+    """What was proven of a saved program."""
+    if "error_of_the_saved" in verified:
+        return "what is read back computes what was trained"
+    if verified["error_against_zeroing"] is None:
+        return "not compared, as removing here is not zeroing"
+    return "the dense program with the removed units zeroed computes the same"

@@ -16,6 +16,7 @@ EXPORTS = ("onnx", "coreml", "torch", "mlxfn")
 PALETTES = ("palette2", "palette4", "palette6", "palette8")
 QUANTIZE = ("int4", "int8", "dynamic", "static", *PALETTES)
 KV_CACHES = ("grow", "buffer")
+EMBEDDING_LOSSES = ("cosine", "mse")
 METHODS = ("prune", "distill")
 DROP_TYPES = ("relative", "absolute")
 DTYPES = ("float32", "float16")
@@ -121,6 +122,8 @@ class Options:
 class DistillOptions:
     """How to distil.
 
+    Next tokens are compared by the divergence `loss` (reverse KL by default), class scores too
+    (forward KL), embeddings by "cosine" (the default) or "mse".
     A step reads `grad_accumulation_steps` batches of `batch_size` windows of `max_seq_length`
     tokens. The learning rate rises over `warmup` steps, then falls along a cosine to 0 at `iters`.
     `hard_labels` is the weight of the text's own next tokens (0 to 1) beside the teacher's; at 1
@@ -134,7 +137,7 @@ class DistillOptions:
     `max_drop` is a gate on their loss as in `Options`.
     """
 
-    loss: str = "reverse-kl"
+    loss: str | None = None
     iters: int = 1000
     batch_size: int = 4
     learning_rate: float = 1e-4
@@ -158,7 +161,8 @@ class DistillOptions:
     seed: int = 0
 
     def __post_init__(self):
-        among("--loss", (self.loss,), DIVERGENCES)
+        if self.loss is not None:
+            among("--loss", (self.loss,), DIVERGENCES + EMBEDDING_LOSSES)
         among("--dtype", (self.dtype,), TRAINING_DTYPES)
         _check_gate(self)
         _at_least(self, (

@@ -8,7 +8,7 @@ Files and splits are found as text is (data.py): calibration and evaluation neve
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -85,6 +85,22 @@ class Samples:
             replace(self, batches=self.batches[:first], targets=self.targets[:at]),
             replace(self, batches=self.batches[first:], targets=self.targets[at:]),
         )
+
+    def pick(self, places: Sequence[int]) -> "Samples":
+        """One batch of the samples at these places."""
+        rows = mx.array(np.asarray(places))
+        blocks = [array[rows].swapaxes(0, 1) for array in self._by_sample]
+        batch = [block.reshape(-1, *block.shape[2:]) for block in blocks]
+        return replace(self, batches=[batch], targets=self.targets[places], size=len(places))
+
+    @cached_property
+    def _by_sample(self) -> list[mx.array]:
+        """Of each input, [N, rows of a sample, ...]."""
+        parts = []
+        for arrays in zip(*self.batches, strict=True):
+            split = [a.reshape(self.task.rows, self.size, *a.shape[1:]) for a in arrays]
+            parts.append(mx.concatenate([block.swapaxes(0, 1) for block in split]))
+        return parts
 
     def _targets(self, b: int) -> np.ndarray:
         return self.targets[b * self.size : (b + 1) * self.size]

@@ -20,7 +20,8 @@ class Task:
 
     `read(inputs, outputs)` gives what a sample is judged by, float32 [S, ...], differentiable;
     `loss(read, targets)` [S] in `unit`; `answer(read)` [S], of which `score(answers, targets)`
-    makes the figure called `measure`.
+    makes the figure called `measure`. `compared(inputs, outputs)` is what a student shares with a
+    teacher, a row for each row of the batch: class scores, or where the task `embeds` embeddings.
     """
 
     measure: str
@@ -29,6 +30,8 @@ class Task:
     loss: Callable[[mx.array, mx.array], mx.array]
     answer: Callable[[mx.array], mx.array]
     score: Callable[[np.ndarray, np.ndarray], float]
+    compared: Callable[[Sequence[mx.array], Sequence[mx.array]], mx.array]
+    embeds: bool = False
     rows: int = 1
     higher_is_better: bool = True
 
@@ -44,10 +47,15 @@ def top_1(classes_S: np.ndarray, labels_S: np.ndarray) -> float:
     return float((classes_S == labels_S).mean())
 
 
+def first_output(inputs: Sequence[mx.array], outputs: Sequence[mx.array]) -> mx.array:
+    return outputs[0].astype(mx.float32)
+
+
 CLASSIFICATION = Task(
     measure="top-1",
     unit="nats",
-    read=lambda inputs, outputs: outputs[0].astype(mx.float32),
+    read=first_output,
+    compared=first_output,
     loss=cross_entropy,
     answer=partial(mx.argmax, axis=-1),
     score=top_1,
@@ -65,6 +73,7 @@ NEXT_TOKEN = Task(
     measure="next token",
     unit="nats/token",
     read=lambda inputs, outputs: outputs[0],
+    compared=first_output,
     loss=next_token_loss,
     answer=partial(mx.argmax, axis=-1),
     score=lambda chosen_ST, tokens_ST: float((chosen_ST[:, :-1] == tokens_ST[:, 1:]).mean()),
@@ -77,10 +86,15 @@ def similarity(mask: int, pooling: str) -> Task:
     Embeddings are the first output, [R, E], or [R, T, E] and then pooled: "mean" over the tokens
     of the attention mask, which is the input of number `mask`, or "cls", the first token.
     """
+    def embeddings(inputs: Sequence[mx.array], outputs: Sequence[mx.array]) -> mx.array:
+        return pooled(outputs[0], inputs[mask], pooling)
+
     return Task(
         measure="Spearman",
         unit="squared error",
-        read=lambda inputs, outputs: cosines(pooled(outputs[0], inputs[mask], pooling)),
+        read=lambda inputs, outputs: cosines(embeddings(inputs, outputs)),
+        compared=embeddings,
+        embeds=True,
         loss=squared_difference,
         answer=lambda cosines_S: cosines_S,
         score=spearman,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import distill_recipe, program_recipe, recipe
 from .checkpoint import check_free
-from .distill_stages import Heard, Stage, read_stages, run_stages
+from .distill_stages import Heard, Stage, read_stages, roads, run_stages
 from .errors import InputError
 from .jobs import (
     err,
@@ -21,6 +21,7 @@ from .jobs import (
     told_if_rejected,
 )
 from .options import FRACTIONS, DistillOptions, Options
+from .program_recipe import SavedProgram
 
 
 def distill(
@@ -33,8 +34,16 @@ def distill(
     """
     if mlx_path is not None:
         check_free(mlx_path)
-    models = [_open("--teacher", teacher, trust), _open("--model", model, trust)]
+    models = [_open(teacher, trust), _open(model, trust)]
+    if isinstance(models[0], SavedProgram) is not isinstance(models[1], SavedProgram):
+        raise InputError(
+            f"--teacher {teacher}, --model {model}: one is a saved program and one a language "
+            "model; give two of a kind."
+        )
+    _, road = roads(models[0])
     if mlx_path is None:
+        if road is not distill_recipe:
+            raise InputError("--targets-only: a saved program is asked once anyway.")
         with progress_bars() as progress:
             notes = distill_recipe.keep_targets(
                 *models, options, data, target_dir, progress=progress
@@ -49,7 +58,7 @@ def distill(
         tell_notes(notes)
 
     with told_if_rejected(), _kept_if_stopped(mlx_path), progress_bars() as progress:
-        report = distill_recipe.distill(
+        report = road.distill(
             *models, options, data, mlx_path, target_dir=target_dir, told=_tell_point,
             on_notes=on_notes, progress=progress,
         )  # fmt: skip
@@ -62,7 +71,7 @@ def distill_in_stages(
     """Several students, one after the other."""
     check_free(mlx_path)
     stages = read_stages(file, options, _pruning(options))
-    _in_stages(_open("--teacher", teacher, trust), stages, mlx_path, data, None, trust)
+    _in_stages(_open(teacher, trust), stages, mlx_path, data, None, trust)
 
 
 def prune_and_distill(
@@ -75,7 +84,7 @@ def prune_and_distill(
     first = replace(training, max_drop=None)  # the gate is on what comes out
     part = replace(pruning, **_part(pruning, rounds), max_drop=None)
     stages = [Stage(last if n == rounds else first, pruning=part) for n in range(1, rounds + 1)]
-    _in_stages(_open("--model", model, trust), stages, mlx_path, data, kept, trust)
+    _in_stages(_open(model, trust), stages, mlx_path, data, kept, trust)
 
 
 def _part(pruning: Options, rounds: int) -> dict[str, float]:
@@ -117,10 +126,9 @@ def _in_stages(teacher, stages: list[Stage], mlx_path: Path, data, kept, trust: 
     _tell_end(report, mlx_path, told)
 
 
-def _open(flag: str, name: str, trust: bool):
-    if program_recipe.is_saved(name):
-        raise InputError(f"{flag} {name}: is a saved program; give a language model.")
-    return recipe.open_model(name, trust_remote_code=trust)
+def _open(name: str, trust: bool):
+    road = program_recipe if program_recipe.is_saved(name) else recipe
+    return road.open_model(name, trust_remote_code=trust)
 
 
 @contextmanager
@@ -136,19 +144,21 @@ def _kept_if_stopped(mlx_path: Path) -> Iterator[None]:
 
 def _tell_point(point: dict) -> None:
     """A held-out measurement on the way."""
-    told = f"step {point['step']}: {point['cross_entropy']:.4f} nats/token held out"
-    if "divergence" in point:
-        told += f", {point['divergence']:.4f} from the teacher"
-    err.print(told, highlight=False, soft_wrap=True)
+    named = {
+        "cross_entropy": "{:.4f} nats/token held out", "loss": "loss {:.4f} held out",
+        "score": "score {:.4f}", "divergence": "{:.4f} from the teacher",
+    }  # fmt: skip
+    told = [words.format(point[key]) for key, words in named.items() if key in point]
+    err.print(f"step {point['step']}: {', '.join(told)}", highlight=False, soft_wrap=True)
 
 
 def _stages_table(rows: list[dict]):
     """What each stage brought."""
-    shown = table("stage", "parameters", "held out before", "after", "measured, nats/token", "s")
+    shown = table("stage", "parameters", "held out before", "after", "measured loss", "s")
     for row in rows:
         shown.add_row(
             str(row["stage"]), f"{row['parameters']:,}", f"{row['before']:.4f}",
-            f"{row['after']:.4f}", f"{row['nats_per_token']:.4f}", f"{row['seconds']:.0f}",
+            f"{row['after']:.4f}", f"{row['loss']:.4f}", f"{row['seconds']:.0f}",
         )  # fmt: skip
     return shown
 

@@ -21,6 +21,7 @@ PACKAGES = {
 ABOVE_THE_CORE = {
     "cli.py", "demo.py", "distill_recipe.py", "jobs.py", "program_recipe.py", "recipe.py",
     "ship.py", "toolkit.py", "training_jobs.py", "distill_stages.py",
+    "program_distill_recipe.py",
 }  # fmt: skip
 NOT_IN_THE_CORE = (
     "mlx_compress.bridges",

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from commands import refused
-from mlx_compress import distill, recipe, report
+from mlx_compress import recipe, report, training
 from mlx_compress.distill_recipe import training_place
 
 EXAMPLE = Path(recipe.__file__).parent / "assets"
@@ -64,21 +64,21 @@ def test_a_folder_that_was_distilled_is_a_student_again(call, trained, tmp_path)
     code, _, err = call(*arguments(trained, tmp_path / "again"), "--loss", "forward-kl")
     assert code == 0, err
     record = json.loads((tmp_path / "again" / "compression.json").read_text())
-    assert record["student"]["distillation"]["options"]["loss"] == "reverse-kl"
+    assert record["student"]["distillation"]["steps"] == 4
 
 
 def test_what_was_stopped_goes_on_with_the_same_command_and_no_other(
     call, student, tmp_path, monkeypatch
 ):
     place = tmp_path / "out"
-    advanced = distill._advanced
+    advanced = training._advanced
 
-    def stop(student, training, *rest):
-        if training.step == 3:
+    def stop(objective, state, *rest):
+        if state.step == 3:
             raise KeyboardInterrupt
-        return advanced(student, training, *rest)
+        return advanced(objective, state, *rest)
 
-    monkeypatch.setattr(distill, "_advanced", stop)
+    monkeypatch.setattr(training, "_advanced", stop)
     code, _, err = call(*arguments(student, place))
     assert code and "the same command goes on" in err.replace("\n", " ")
     assert not place.exists() and training_place(place).exists()

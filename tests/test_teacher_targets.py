@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from mlx_compress import teacher_targets
-from mlx_compress.distill import distil, gradients, live
+from mlx_compress.distill import NextToken, gradients, live
 from mlx_compress.errors import InputError, ResourceError
 from mlx_compress.losses import LOSSES
 from mlx_compress.options import DistillOptions
 from mlx_compress.teacher_targets import TargetFolder, likeliest
+from mlx_compress.training import train
 from mlx_compress.training_state import TrainingFolder
 from mlx_compress.training_text import Text
 from tiny import LLAMA, VOCABULARY, build
@@ -77,7 +78,8 @@ def test_a_student_of_the_disk_is_that_of_the_teacher(place, tmp_path):
     curves = []
     for name, teacher in (("disk", targets.teacher()), ("live", live(build(LLAMA, 0)))):
         kept = TrainingFolder(tmp_path / name, {})
-        curves.append(distil(build(LLAMA, 1), teacher, TEXT, HELD, options, kept).curve)
+        objective = NextToken(build(LLAMA, 1), teacher, TEXT, HELD, options)
+        curves.append(train(objective, options, kept).curve)
     for disk, told in zip(*curves, strict=True):
         assert abs(disk["divergence"] - told["divergence"]) < 5e-3
     assert curves[0][-1]["divergence"] < 0.9 * curves[0][0]["divergence"]

@@ -1,0 +1,144 @@
+"""Distillation of programs: a student learns a teacher's class scores, or its embeddings.
+
+S samples, R rows (one of each sample, or two of a pair), C classes, E width of an embedding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import mlx.core as mx
+import numpy as np
+
+from .batch_norm import batch_norms
+from .errors import InputError
+from .execute import run
+from .graph import Graph
+from .losses import LOSSES
+from .matching import HIDDEN_MEASURES
+from .options import DIVERGENCES, EMBEDDING_LOSSES, DistillOptions, among
+from .program import Program
+from .samples import Samples
+from .training import batch_rows
+from .training_state import Weights
+
+
+@dataclass
+class Answers:
+    """The float weights of `student`, and how far its answers on `train` are from the teacher's.
+
+    A `training.Objective`. Class scores are compared by a divergence of their distributions,
+    embeddings by "cosine" or "mse". The teacher is asked once for each sample, so it is not needed
+    later. Statistics of batch norms stay as they are. Held out are the task's own `loss` and
+    `score`, and the `divergence`. Raises `InputError` for a loss that does not suit, and where
+    teacher and student answer in other shapes.
+    """
+
+    student: Program
+    teacher: Program
+    train: Samples
+    held_out: Samples
+    options: DistillOptions
+
+    def __post_init__(self):
+        self.options = replace(self.options, batch_size=self.train.size)
+        kinds = EMBEDDING_LOSSES if self.train.task.embeds else DIVERGENCES
+        among("--loss", (self.loss,), kinds)
+        self.told = asked(self.teacher, self.train)
+        self.told_held_out = asked(self.teacher, self.held_out)
+        own = asked(self.student, self.held_out.split(1)[0]).shape[1:]
+        theirs = self.told_held_out.shape[1:]
+        if own != theirs:
+            raise InputError(
+                f"--teacher: answers in the shape {theirs}, the student in {own}; both need the "
+                "same classes, or embeddings of one width."
+            )
+
+    @property
+    def loss(self) -> str:
+        return self.options.loss or loss_of(self.train)
+
+    @property
+    def judged_by(self) -> str:
+        return "loss" if self.options.hard_labels == 1 else "divergence"
+
+    def start(self) -> Weights:
+        frozen = {path for norm in batch_norms(self.graph) for path in (norm.mean, norm.variance)}
+        held = self.student.fetch(list(self.graph.parameters))
+        return {
+            path: array.astype(mx.float32) for path, array in held.items()
+            if mx.issubdtype(array.dtype, mx.floating) and path not in frozen
+        }  # fmt: skip
+
+    def gradients(self, weights: Weights, step: int, t: float) -> tuple[mx.array, Weights]:
+        batches = batch_rows(self.options, step, len(self.train))
+        loss, sums = mx.zeros(()), None
+        for places in batches:
+            batch, theirs = self.train.pick(places), self.told[mx.array(places)]
+            found, grads = mx.value_and_grad(partial(self._loss, batch, theirs, t))(weights)
+            sums = grads if sums is None else {p: sums[p] + grad for p, grad in grads.items()}
+            loss = loss + found
+            mx.eval(loss, sums)
+        return loss / len(batches), {path: grad / len(batches) for path, grad in sums.items()}
+
+    def measured(self, weights: Weights) -> dict[str, float]:
+        samples, held = self.held_out, weights | self._fixed
+        losses, far, answers = [], [], []
+        for b, inputs in enumerate(samples.batches):
+            outputs, _ = run(self.graph, inputs, held)
+            first, count = b * samples.size, min(samples.size, len(samples) - b * samples.size)
+            own = _by_sample(samples, inputs, outputs)[:count]
+            losses.append(np.array(samples.loss(b, outputs)))
+            answers.append(samples.answers(b, outputs))
+            far.append(np.array(self._divergence(own, self.told_held_out[first : first + count])))
+        score = samples.score(np.concatenate(answers))
+        found = {"loss": float(np.concatenate(losses).mean()), "score": score}
+        return found | {"divergence": float(np.concatenate(far).mean())}
+
+    @cached_property
+    def graph(self) -> Graph:
+        return self.student.at(self.train.sizes(self.student))
+
+    @cached_property
+    def _fixed(self) -> Weights:
+        """What is not trained."""
+        others = [path for path in self.graph.parameters if path not in self.start()]
+        return dict(self.student.fetch(others))
+
+    def _loss(self, batch: Samples, theirs: mx.array, t: float, weights: Weights) -> mx.array:
+        outputs, _ = run(self.graph, batch.batches[0], weights | self._fixed)
+        total, hard = mx.zeros(()), self.options.hard_labels
+        if hard < 1:
+            own = _by_sample(batch, batch.batches[0], outputs)
+            total = (1 - hard) * self._divergence(own, theirs, t).mean()
+        return total + hard * batch.loss(0, outputs).mean() if hard else total
+
+    def _divergence(self, own: mx.array, theirs: mx.array, t: float = 1.0) -> mx.array:
+        if self.train.task.embeds:
+            return HIDDEN_MEASURES[self.loss](own, theirs)
+        schedule = {"t": t} if self.loss == "taid" else {}
+        return LOSSES[self.loss](own, theirs, temperature=self.options.temperature, **schedule)
+
+
+def loss_of(samples: Samples) -> str:
+    """The loss where none is chosen."""
+    return EMBEDDING_LOSSES[0] if samples.task.embeds else "forward-kl"
+
+
+def asked(program: Program, samples: Samples) -> mx.array:
+    """What a program answers, float32 [S, C], or [S, rows, E] for embeddings."""
+    graph = program.at(samples.sizes(program))
+    weights = program.fetch(list(graph.parameters))
+    answers: list[mx.array] = []
+    for inputs in samples.batches:
+        outputs, _ = run(graph, inputs, weights)
+        answers.append(_by_sample(samples, inputs, outputs))
+        mx.eval(answers[-1])
+    return mx.concatenate(answers)[: len(samples)]
+
+
+def _by_sample(samples: Samples, inputs: Sequence[mx.array], outputs) -> mx.array:
+    compared = samples.task.compared(inputs, outputs)
+    if not samples.task.embeds:
+        return compared
+    return compared.reshape(samples.task.rows, -1, compared.shape[-1]).swapaxes(0, 1)
