@@ -18,6 +18,7 @@ from .options import DIVERGENCES, DistillOptions, among
 from .training import batch_rows
 from .training_state import Weights
 from .training_text import Text
+from .workers import ALONE, Workers
 
 Logits = Callable[[mx.array], mx.array]
 # What the teacher says of the next tokens of some windows of a text, given their tokens [B, T - 1]:
@@ -25,6 +26,7 @@ Logits = Callable[[mx.array], mx.array]
 Teacher = Callable[[Text, np.ndarray, mx.array], tuple[mx.array, ...]]
 Batch = tuple[mx.array, mx.array, tuple[mx.array, ...]]  # tokens, mask, what the teacher says
 USUAL = "reverse-kl"
+LOSS, TOKENS = " loss", " tokens"  # beside parameters' paths, in which no space is
 # Whole logits: the gradient comes with the loss, by a Metal kernel where there is one.
 WITH_SLOPE = {"forward-kl": kl.forward_kl, "reverse-kl": kl.reverse_kl}
 
@@ -65,12 +67,14 @@ class NextToken:
     held_out: Text
     options: DistillOptions
     count: int | None = None
+    workers: Workers = ALONE
 
     def __post_init__(self):
         if not len(self.train.tokens) or not len(self.held_out.tokens):
             raise InputError("no windows of text to train or to evaluate on; give more --data.")
         if self.options.loss is not None:
             among("--loss", (self.options.loss,), DIVERGENCES)
+        self.workers.check(self.options.batch_size)
         self.dtype = getattr(mx, self.options.dtype)
         self.student.set_dtype(self.dtype)
 
@@ -85,24 +89,27 @@ class NextToken:
     def gradients(self, weights: Weights, step: int, t: float) -> tuple[mx.array, Weights]:
         self._set(weights)
         rows = batch_rows(self.options, step, len(self.train.tokens))
-        batches = [self._batch(self.train, part) for part in rows]
-        return gradients(self.student, batches, self.options, t, self.count)
+        batches = [self._batch(self.train, self.workers.part(part)) for part in rows]
+        return gradients(self.student, batches, self.options, t, self.count, self.workers)
 
     def measured(self, weights: Weights) -> dict[str, float]:
         """Of all windows, at the tokens that count."""
         self._set(weights)
         names = ["cross_entropy"] + ["divergence"] * (self.options.hard_labels < 1)
-        sums, tokens, size = np.zeros(len(names)), 0, self.options.batch_size
-        for start in range(0, len(self.held_out.tokens), size):
-            rows = np.arange(start, min(start + size, len(self.held_out.tokens)))
+        own_rows = self.workers.part(np.arange(len(self.held_out.tokens)))
+        sums = dict.fromkeys([*names, "tokens"], mx.zeros(()))
+        for start in range(0, len(own_rows), self.options.batch_size):
+            rows = own_rows[start : start + self.options.batch_size]
             tokens_BT, mask_BT, targets = self._batch(self.held_out, rows)
             own = logits_of(self.student)(tokens_BT[:, :-1])[..., : self.count]
-            nats = [cross_entropy(own, tokens_BT[:, 1:])]
+            found = {"cross_entropy": cross_entropy(own, tokens_BT[:, 1:]), "tokens": mx.ones(())}
             if targets:
-                nats.append(divergence_of(own, targets, self.options, count=self.count))
-            sums += [mx.where(mask_BT[:, 1:], each, 0).sum().item() for each in nats]
-            tokens += mask_BT[:, 1:].sum().item()
-        return dict(zip(names, (sums / max(1, tokens)).tolist(), strict=True))
+                found["divergence"] = divergence_of(own, targets, self.options, count=self.count)
+            for name, nats in found.items():
+                sums[name] = sums[name] + mx.where(mask_BT[:, 1:], nats, 0).sum()
+            mx.eval(sums)
+        sums = self.workers.sum(sums)
+        return {name: sums[name].item() / max(1, sums["tokens"].item()) for name in names}
 
     def _set(self, weights: Weights) -> None:
         cast = [(path, array.astype(self.dtype)) for path, array in weights.items()]
@@ -130,11 +137,11 @@ def divergence_of(
 
 def gradients(
     student: nn.Module, batches: Sequence[Batch], options: DistillOptions, t: float = 1.0,
-    count: int | None = None,
+    count: int | None = None, workers: Workers = ALONE,
 ) -> tuple[mx.array, Weights]:  # fmt: skip
     """Mean loss, nats per token that counts in any of the batches, and its gradients, float32.
 
-    `t` is that of `taid`, the other losses have none.
+    `batches` are this process's parts of them. `t` is that of `taid`, the other losses have none.
     """
 
     def total(tokens_BT, mask_BT, targets):
@@ -146,7 +153,6 @@ def gradients(
             nats = nats + options.hard_labels * cross_entropy(own, tokens_BT[:, 1:])
         return mx.where(mask_BT[:, 1:], nats, 0).sum()
 
-    tokens = max(1, sum(mask_BT[:, 1:].sum().item() for _, mask_BT, _ in batches))
     loss, sums = mx.zeros(()), None
     for batch in batches:
         nats, grads = nn.value_and_grad(student, total)(*batch)
@@ -154,4 +160,7 @@ def gradients(
         sums = grads if sums is None else tree_map(mx.add, sums, grads)
         loss = loss + nats
         mx.eval(loss, sums)  # one batch's activations at a time
-    return loss / tokens, tree_map(lambda grad: grad / tokens, sums)
+    tokens = sum(mask_BT[:, 1:].sum() for _, mask_BT, _ in batches)
+    shared = workers.sum({LOSS: loss, TOKENS: tokens, **sums})
+    loss, tokens = shared.pop(LOSS), mx.maximum(shared.pop(TOKENS), 1)
+    return loss / tokens, tree_map(lambda grad: grad / tokens, shared)

@@ -28,6 +28,7 @@ from .training import train
 from .training_memory import require_memory
 from .training_state import Training, TrainingFolder
 from .training_text import Text, read_training
+from .workers import ALONE, Workers
 
 PRUNED = ("plan", "parent", "kept_block_parameters")
 MORE = "train longer (--iters), take a larger student, or allow more"
@@ -45,6 +46,7 @@ def distill(
     work: Path | None = None,
     target_dir: Path | None = None,
     dense: LanguageModel | None = None,
+    team: Workers = ALONE,
     told: Callable[[dict], None] = lambda point: None,
     on_notes: Callable[[list[str]], None] = lambda notes: None,
     progress: Progress = silent,
@@ -56,7 +58,8 @@ def distill(
     `work`, by default `OUT.training`, until all is done; the same call goes on from it. `told`
     hears of each held-out measurement, `on_notes` of what is worth knowing before the training
     begins. With a `target_dir` the teacher is asked once for all that is trained on, and its
-    answers are kept there: the two need not be in memory together.
+    answers are kept there: the two need not be in memory together. Of a `team` of processes, each
+    of which calls this, the first one saves, and the others return no report.
 
     Raises `InputError` for other tokenizers, no or too little text, or a `work` folder of another
     run, `ResourceError` where it would not fit into memory, and `GateFailed` where a loss is not
@@ -76,11 +79,15 @@ def distill(
     if target_dir is None:
         answers = live(teacher_of(teacher))
     else:
-        answers = _cached(teacher, asked, options, target_dir, progress)
+        answers = _cached(teacher, asked, options, target_dir, team, progress)
     objective = NextToken(
-        student_of(student, options), answers, asked.train, asked.held_out, options, asked.count
-    )
-    training = train(objective, options, folder, told=told, progress=progress)
+        student_of(student, options), answers, asked.train, asked.held_out, options, asked.count,
+        team,
+    )  # fmt: skip
+    training = train(objective, options, folder, workers=team, told=told, progress=progress)
+    team.wait()
+    if not team.first:
+        return {}
     history = history_of(options, training, objective.judged_by)
     del answers, objective
     mx.clear_cache()
@@ -108,7 +115,7 @@ def keep_targets(
 ) -> list[str]:  # fmt: skip
     """Only ask the teacher, for a later `distill` by the same options; returns notes."""
     asked = _asked(teacher, student, options, data)
-    _cached(teacher, asked, options, target_dir, progress)
+    _cached(teacher, asked, options, target_dir, ALONE, progress)
     return asked.notes
 
 
@@ -128,17 +135,20 @@ def _asked(teacher, student, options: DistillOptions, data) -> _Asked:
     return _Asked(*read_training(data, student.tokenizer(), options, notes), count, notes)
 
 
-def _cached(teacher, asked: _Asked, options: DistillOptions, place: Path, progress) -> Teacher:
+def _cached(
+    teacher, asked: _Asked, options: DistillOptions, place: Path, team: Workers, progress: Progress
+) -> Teacher:
     """A teacher that answers from disk, after it was asked for what is not there yet."""
     top_k = min(options.top_k, asked.count)
     targets = TargetFolder(place, identity(teacher.path), (asked.train, asked.held_out), top_k)
-    if not targets.complete:
+    if team.first and not targets.complete:
         check_memory(teacher)
         targets.write(
             teacher_of(teacher), batch_size=options.batch_size, count=asked.count,
             progress=progress,
         )  # fmt: skip
         mx.clear_cache()
+    team.wait()
     return targets.teacher()
 
 

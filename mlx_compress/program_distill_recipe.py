@@ -38,6 +38,7 @@ from .store import store_key
 from .stream import Progress, silent
 from .training import train
 from .training_state import TrainingFolder, Weights
+from .workers import ALONE, Workers
 
 # What only language models have.
 OF_TEXT = ("mask_prompt", "grad_checkpoint", "lora_rank", "dtype", "top_k")
@@ -53,13 +54,15 @@ def distill(
     work: Path | None = None,
     target_dir: Path | None = None,
     dense: SavedProgram | None = None,
+    team: Workers = ALONE,
     told: Callable[[dict], None] = lambda point: None,
     on_notes: Callable[[list[str]], None] = lambda notes: None,
     progress: Progress = silent,
 ) -> dict:
     """Train the student on what the teacher answers to the samples of `data`; save it to `out`.
 
-    As `distill_recipe.distill`. The teacher answers each sample once, so there is no `target_dir`.
+    As `distill_recipe.distill`, by one process. The teacher answers each sample once, so there is
+    no `target_dir`.
     """
     _check(options, target_dir)
     out, started, notes = Path(out), time.perf_counter(), []

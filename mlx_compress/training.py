@@ -13,6 +13,7 @@ from .errors import GateFailed
 from .options import DistillOptions
 from .stream import Progress, silent
 from .training_state import Training, TrainingFolder, Weights
+from .workers import ALONE, Workers
 
 Told = Callable[[dict], None]
 
@@ -34,23 +35,24 @@ class Objective(Protocol):
 
 def train(
     objective: Objective, options: DistillOptions, folder: TrainingFolder,
-    *, told: Told = lambda point: None, progress: Progress = silent,
+    *, workers: Workers = ALONE, told: Told = lambda point: None, progress: Progress = silent,
 ) -> Training:  # fmt: skip
     """Train to the end, or until `patience` is over; `folder` then holds the best weights.
 
     Goes on from what `folder` holds of this run, and keeps the state there at every measurement,
     as on Ctrl-C. A run depends on seed and step alone: one that was cut off gives the same losses,
     to the bit. `told` hears of each measurement, from before the first step on. Raises `GateFailed`
-    where a loss or gradient is not finite.
+    where a loss or gradient is not finite. Of several `workers` the first one writes and tells.
     """
 
     def judge(training: Training) -> None:
         point = objective.measured(training.weights)
         better = training.judge(point, point[objective.judged_by])
-        folder.save(training, training.weights if better else None)
-        told(training.curve[-1])
+        if workers.first:
+            folder.save(training, training.weights if better else None)
+            told(training.curve[-1])
 
-    training = folder.open()
+    training = folder.open(workers)
     if training is None:
         training = _start(objective.start(), options)
         judge(training)
@@ -61,7 +63,8 @@ def train(
                 judge(training)
             progress("distil", training.step, options.iters)
     except KeyboardInterrupt:
-        folder.save(training)
+        if workers.first:
+            folder.save(training)
         raise
     return training
 

@@ -22,6 +22,7 @@ from .jobs import (
 )
 from .options import FRACTIONS, DistillOptions, Options
 from .program_recipe import SavedProgram
+from .workers import ALONE, Workers, told_when_lost, workers
 
 
 def distill(
@@ -57,12 +58,23 @@ def distill(
         heard.extend(notes)
         tell_notes(notes)
 
-    with told_if_rejected(), _kept_if_stopped(mlx_path), progress_bars() as progress:
+    team = _team(road)
+    with told_if_rejected(), _kept_if_stopped(mlx_path, team), progress_bars() as progress:
         report = road.distill(
-            *models, options, data, mlx_path, target_dir=target_dir, told=_tell_point,
+            *models, options, data, mlx_path, target_dir=target_dir, team=team, told=_tell_point,
             on_notes=on_notes, progress=progress,
         )  # fmt: skip
-    _tell_end(report, mlx_path, heard)
+    if team.first:
+        _tell_end(report, mlx_path, heard)
+
+
+def _team(road) -> Workers:
+    """This process and its like; all but the first are silent."""
+    team = workers()
+    if team.count > 1 and road is not distill_recipe:
+        raise InputError("a saved program is trained by one process; start it without mlx.launch.")
+    err.quiet = out.quiet = not team.first
+    return team
 
 
 def distill_in_stages(
@@ -132,11 +144,13 @@ def _open(name: str, trust: bool):
 
 
 @contextmanager
-def _kept_if_stopped(mlx_path: Path) -> Iterator[None]:
+def _kept_if_stopped(mlx_path: Path, team: Workers = ALONE) -> Iterator[None]:
+    work = distill_recipe.training_place(mlx_path)
+    advice = f"the last measured state is kept in {work}: the same command goes on from there."
     try:
-        yield
+        with told_when_lost(team, advice):
+            yield
     except KeyboardInterrupt:
-        work = distill_recipe.training_place(mlx_path)
         if work.exists():
             err.print(f"Kept in {work}; the same command goes on from there.", soft_wrap=True)
         raise

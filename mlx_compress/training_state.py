@@ -21,6 +21,7 @@ from .checkpoint import is_disk_full
 from .errors import InputError, ResourceError
 from .losses import TaidSchedule
 from .report import write_report
+from .workers import ALONE, Workers
 
 STATE = "state.json"
 Weights = dict[str, mx.array]
@@ -61,8 +62,22 @@ class TrainingFolder:
         self.folder = folder
         self.run = json.loads(json.dumps(dict(run)))
 
-    def open(self) -> Training | None:
-        """The kept state of this run, or None. Raises `InputError` for that of another run."""
+    def open(self, workers: Workers = ALONE) -> Training | None:
+        """The kept state of this run, or None: the first process's, to all of them.
+
+        Raises `InputError` for that of another run.
+        """
+        training = self._open() if workers.first else None
+        if workers.count == 1:
+            return training
+        held = workers.tell(training and self._document(training))
+        if held is None:
+            return None
+        kinds = {key: (shape, getattr(mx, dtype)) for key, (shape, dtype) in held["kinds"].items()}
+        zeros = {key: mx.zeros(*kind) for key, kind in kinds.items()}
+        return _training(held, workers.sum(self._arrays(training) if workers.first else zeros))
+
+    def _open(self) -> Training | None:
         file = self.folder / STATE
         if not file.exists():
             return None
@@ -82,21 +97,12 @@ class TrainingFolder:
 
         Raises `ResourceError` when the disk is full.
         """
-        arrays = {f"weights|{path}": array for path, array in training.weights.items()}
-        for name, value in training.optimizer.items():
-            parts = value.items() if isinstance(value, dict) else [("", value)]
-            arrays |= {f"optimizer|{name}|{part}": array for part, array in parts}
-        held = {k: v for k, v in vars(training).items() if k not in ("weights", "optimizer")}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if best is not None:
                 _write(self._best_file(training.best_step), best)
-            _write(self._step_file(training.step), arrays)
-            write_report(
-                {"run": self.run, **held, "taid": asdict(training.taid),
-                 "best_nats": _finite(training.best_nats)},
-                self.folder / STATE,
-            )  # fmt: skip
+            _write(self._step_file(training.step), self._arrays(training))
+            write_report(self._document(training), self.folder / STATE)
         except (OSError, RuntimeError) as error:
             if not is_disk_full(error):
                 raise
@@ -107,6 +113,23 @@ class TrainingFolder:
         counts = {self._step_file(training.step), self._best_file(training.best_step)}
         for file in set(self.folder.glob("*.safetensors")) - counts:
             file.unlink()
+
+    def _document(self, training: Training) -> dict:
+        """All but the arrays, in JSON's terms, and the shapes and dtypes of these."""
+        plain = {k: v for k, v in vars(training).items() if k not in ("weights", "optimizer")}
+        plain |= {"taid": asdict(training.taid), "best_nats": _finite(training.best_nats)}
+        kinds = {
+            key: [array.shape, str(array.dtype).rpartition(".")[2]]
+            for key, array in self._arrays(training).items()
+        }
+        return {"run": self.run, **plain, "kinds": kinds}
+
+    def _arrays(self, training: Training) -> Weights:
+        arrays = {f"weights|{path}": array for path, array in training.weights.items()}
+        for name, value in training.optimizer.items():
+            parts = value.items() if isinstance(value, dict) else [("", value)]
+            arrays |= {f"optimizer|{name}|{part}": array for part, array in parts}
+        return arrays
 
     def best(self, training: Training) -> Weights:
         """The weights of the lowest held-out loss."""

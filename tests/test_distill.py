@@ -171,7 +171,7 @@ def test_no_windows_are_refused(folder):
 @pytest.mark.parametrize(
     "wrong, text",
     [
-        ({"loss": "mse"}, "--loss mse: unknown"),
+        ({"loss": "l2"}, "--loss l2: unknown"),
         ({"iters": 0}, "--iters 0: must be at least 1"),
         ({"learning_rate": float("nan")}, "--learning-rate nan: must be more than 0"),
         ({"hard_labels": 2}, "--hard-labels 2: must lie between 0 and 1"),
