@@ -26,10 +26,11 @@ from rich.table import Table
 
 from .. import recipe
 from ..bridges.mlx_lm import LanguageModel, open_model
-from ..bridges.students import common_tokens, student_of, teacher_of
-from ..distill import NextToken, gradients, live
+from ..bridges.students import common_tokens, explained_teacher, student_of, teacher_of
+from ..distill import Batch, NextToken, gradients, live
 from ..errors import exit_on_error
 from ..evaluate import bootstrap_interval, token_losses
+from ..explained import Explainer, Traced
 from ..options import DIVERGENCES, DistillOptions, Options
 from ..report import machine, write_report
 from ..scoring import read_windows
@@ -44,6 +45,8 @@ METHODS: dict[str, dict] = {
     PLAIN: {"hard_labels": 1.0},
     **{name: {"loss": name} for name in DIVERGENCES},
     "reverse-kl, half hard labels": {"loss": "reverse-kl", "hard_labels": 0.5},
+    "reverse-kl, attribution aligned": {"loss": "reverse-kl", "attribution": "align"},
+    "reverse-kl, attribution as weights": {"loss": "reverse-kl", "attribution": "weights"},
 }
 TIMED = 5  # steps
 PROMPT, WRITTEN, GRAM = 16, 64, 4  # tokens
@@ -101,7 +104,7 @@ def time_ratio(bench: Bench) -> float:
             tokens = mx.array(bench.train.tokens[rows])
             started = time.perf_counter()
             told = () if name == PLAIN else teacher(bench.train, rows, tokens[:, :-1])
-            gradients(module, [(tokens, mx.array(bench.train.mask[rows]), told)], options)
+            gradients(Traced(module), [Batch(tokens, mx.ones(tokens.shape), told)], options)
             times.append(time.perf_counter() - started)
         seconds[name] = np.median(times[1:])
     return float(seconds["reverse-kl"] / seconds[PLAIN])
@@ -121,9 +124,11 @@ def trained(bench: Bench, name: str, seed: int, ratio: float, place: Path, say) 
         folder = TrainingFolder(place / f"{name}-{seed}".replace(" ", "-"), asdict(options))
         teacher = live(teacher_of(bench.teacher))
         started = time.perf_counter()
+        explainer = Explainer(Traced(explained_teacher(bench.teacher)), options)
         objective = NextToken(
-            module, teacher, bench.train, bench.held_out, options, bench.count
-        )
+            module, teacher, bench.train, bench.held_out, options, bench.count,
+            explainer=explainer,
+        )  # fmt: skip
         told = lambda point: say(f"{name}, seed {seed}: {point}")  # noqa: E731
         done = train(objective, options, folder, told=told)
         tokens = options.windows * (options.max_seq_length - 1)

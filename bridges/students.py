@@ -17,10 +17,14 @@ LORA_SCALE = 20.0  # as mlx-lm's
 def teacher_of(model: LanguageModel) -> Logits:
     """Logits of a frozen model: in float32 on the CPU, which is slow at less; else as on disk."""
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    module = model.module(dequantised=on_cpu)
-    if on_cpu:
-        module.set_dtype(mx.float32)
-    return logits_of(module)
+    return logits_of(explained_teacher(model) if on_cpu else model.module(dequantised=False))
+
+
+def explained_teacher(model: LanguageModel) -> nn.Module:
+    """A frozen model in float32, dequantised, so that its input can be differentiated by."""
+    module = model.module()
+    module.set_dtype(mx.float32)
+    return module
 
 
 def student_of(model: LanguageModel, options: DistillOptions) -> nn.Module:

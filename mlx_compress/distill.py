@@ -5,13 +5,17 @@ N windows, B rows of a batch, T tokens of a window, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from .attribution import misalignment
 from .errors import InputError
+from .explained import Explainer, Traced, View
 from .kernels import kl
 from .losses import LOSSES, bucketed, cross_entropy
 from .options import DIVERGENCES, DistillOptions, among
@@ -24,7 +28,6 @@ Logits = Callable[[mx.array], mx.array]
 # What the teacher says of the next tokens of some windows of a text, given their tokens [B, T - 1]:
 # logits [B, T - 1, V], or the likeliest k tokens and their log-probabilities [B, T - 1, k].
 Teacher = Callable[[Text, np.ndarray, mx.array], tuple[mx.array, ...]]
-Batch = tuple[mx.array, mx.array, tuple[mx.array, ...]]  # tokens, mask, what the teacher says
 USUAL = "reverse-kl"
 LOSS, TOKENS = " loss", " tokens"  # beside parameters' paths, in which no space is
 # Whole logits: the gradient comes with the loss, by a Metal kernel where there is one.
@@ -52,6 +55,16 @@ def logits_of(module: nn.Module) -> Logits:
     return logits
 
 
+class Batch(NamedTuple):
+    """Windows [B, T] of which tokens count by `weights`, 0 for not at all; what the teacher says of
+    them, and where attributions are aligned what one of its answers rests on."""
+
+    tokens: mx.array
+    weights: mx.array
+    targets: tuple[mx.array, ...]
+    view: View | None = None
+
+
 @dataclass
 class NextToken:
     """The trainable parameters of `student`, and the options' loss on the text `train`.
@@ -68,12 +81,14 @@ class NextToken:
     options: DistillOptions
     count: int | None = None
     workers: Workers = ALONE
+    explainer: Explainer | None = None
 
     def __post_init__(self):
         if not len(self.train.tokens) or not len(self.held_out.tokens):
             raise InputError("no windows of text to train or to evaluate on; give more --data.")
         if self.options.loss is not None:
             among("--loss", (self.options.loss,), DIVERGENCES)
+        self.traced = Traced(self.student)
         self.workers.check(self.options.batch_size)
         self.dtype = getattr(mx, self.options.dtype)
         self.student.set_dtype(self.dtype)
@@ -89,8 +104,23 @@ class NextToken:
     def gradients(self, weights: Weights, step: int, t: float) -> tuple[mx.array, Weights]:
         self._set(weights)
         rows = batch_rows(self.options, step, len(self.train.tokens))
-        batches = [self._batch(self.train, self.workers.part(part)) for part in rows]
-        return gradients(self.student, batches, self.options, t, self.count, self.workers)
+        batches = [
+            self._explained(self._batch(self.train, part), part, step)
+            for part in map(self.workers.part, rows)
+        ]
+        return gradients(self.traced, batches, self.options, t, self.count, self.workers)
+
+    def _explained(self, batch: Batch, rows: np.ndarray, step: int) -> Batch:
+        """With what the options ask of attributions at this step."""
+        if self.options.attribution == "weights":
+            on = self.explainer.token_weights(self.train, rows)
+            weights = mx.concatenate([batch.weights[:, :1], batch.weights[:, 1:] * on], axis=1)
+            return batch._replace(weights=weights)
+        turn, left = divmod(step, self.options.attribution_every)
+        if self.options.attribution != "align" or left:
+            return batch
+        number = turn % self.options.attribution_views
+        return batch._replace(view=self.explainer.view(self.train, rows, number))
 
     def measured(self, weights: Weights) -> dict[str, float]:
         """Of all windows, at the tokens that count."""
@@ -100,13 +130,13 @@ class NextToken:
         sums = dict.fromkeys([*names, "tokens"], mx.zeros(()))
         for start in range(0, len(own_rows), self.options.batch_size):
             rows = own_rows[start : start + self.options.batch_size]
-            tokens_BT, mask_BT, targets = self._batch(self.held_out, rows)
+            tokens_BT, mask_BT, targets, _ = self._batch(self.held_out, rows)
             own = logits_of(self.student)(tokens_BT[:, :-1])[..., : self.count]
             found = {"cross_entropy": cross_entropy(own, tokens_BT[:, 1:]), "tokens": mx.ones(())}
             if targets:
                 found["divergence"] = divergence_of(own, targets, self.options, count=self.count)
             for name, nats in found.items():
-                sums[name] = sums[name] + mx.where(mask_BT[:, 1:], nats, 0).sum()
+                sums[name] = sums[name] + mx.where(mask_BT[:, 1:] != 0, nats, 0).sum()
             mx.eval(sums)
         sums = self.workers.sum(sums)
         return {name: sums[name].item() / max(1, sums["tokens"].item()) for name in names}
@@ -119,7 +149,8 @@ class NextToken:
         tokens_BT = mx.array(text.tokens[rows])
         asked = self.options.hard_labels < 1
         targets = self.teacher(text, rows, tokens_BT[:, :-1]) if asked else ()
-        return tokens_BT, mx.array(text.mask[rows]), tuple(map(mx.stop_gradient, targets))
+        weights_BT = mx.array(text.mask[rows].astype(np.float32))
+        return Batch(tokens_BT, weights_BT, tuple(map(mx.stop_gradient, targets)))
 
 
 def divergence_of(
@@ -136,31 +167,39 @@ def divergence_of(
 
 
 def gradients(
-    student: nn.Module, batches: Sequence[Batch], options: DistillOptions, t: float = 1.0,
+    student: Traced, batches: Sequence[Batch], options: DistillOptions, t: float = 1.0,
     count: int | None = None, workers: Workers = ALONE,
 ) -> tuple[mx.array, Weights]:  # fmt: skip
     """Mean loss, nats per token that counts in any of the batches, and its gradients, float32.
 
     `batches` are this process's parts of them. `t` is that of `taid`, the other losses have none.
+    A misalignment of attributions is added as a mean over rows.
     """
 
-    def total(tokens_BT, mask_BT, targets):
-        own = logits_of(student)(tokens_BT[:, :-1])[..., :count]
-        nats = 0
-        if targets:
-            nats = (1 - options.hard_labels) * divergence_of(own, targets, options, t, count)
+    def total(batch: Batch) -> mx.array:
+        inputs_BT, counts_BT = batch.tokens[:, :-1], batch.weights[:, 1:]
+        own, nats = logits_of(student.module)(inputs_BT)[..., :count], 0
+        if batch.targets:
+            nats = divergence_of(own, batch.targets, options, t, count)
+            nats = (1 - options.hard_labels) * nats
         if options.hard_labels:
-            nats = nats + options.hard_labels * cross_entropy(own, tokens_BT[:, 1:])
-        return mx.where(mask_BT[:, 1:], nats, 0).sum()
+            nats = nats + options.hard_labels * cross_entropy(own, batch.tokens[:, 1:])
+        loss = mx.where(counts_BT != 0, nats * counts_BT, 0).sum()
+        if batch.view is None:
+            return loss
+        positions_B, tokens_B, theirs_BT = batch.view
+        own_BT = student.attribution(inputs_BT, positions_B, tokens_B)
+        apart = misalignment(own_BT, theirs_BT).mean()
+        return loss + options.attribution_weight * apart * (counts_BT != 0).sum()
 
     loss, sums = mx.zeros(()), None
     for batch in batches:
-        nats, grads = nn.value_and_grad(student, total)(*batch)
+        nats, grads = nn.value_and_grad(student.module, partial(total, batch))()
         grads = {path: grad.astype(mx.float32) for path, grad in tree_flatten(grads)}
         sums = grads if sums is None else tree_map(mx.add, sums, grads)
         loss = loss + nats
         mx.eval(loss, sums)  # one batch's activations at a time
-    tokens = sum(mask_BT[:, 1:].sum() for _, mask_BT, _ in batches)
+    tokens = sum((batch.weights[:, 1:] != 0).sum() for batch in batches)
     shared = workers.sum({LOSS: loss, TOKENS: tokens, **sums})
     loss, tokens = shared.pop(LOSS), mx.maximum(shared.pop(TOKENS), 1)
     return loss / tokens, tree_map(lambda grad: grad / tokens, shared)

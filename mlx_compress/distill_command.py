@@ -53,6 +53,14 @@ Arithmetic = Annotated[
         help=f"Of the student's arithmetic, {' or '.join(TRAINING_DTYPES)}; weights are float32.",
     ),
 ]  # fmt: skip
+Attribution = Annotated[
+    str | None,
+    typer.Option(
+        "--attribution", metavar="NAME",
+        help="What the teacher's answers rest on: align the student's with it, or as weights of "
+        "tokens. Costs time, see the README for what it brings.",
+    ),
+]  # fmt: skip
 TargetDir = Annotated[
     Path | None,
     typer.Option(
@@ -102,6 +110,15 @@ def distill(
     val_samples: _count("--val-samples", "Windows that are held out to choose by.")
     = DEFAULT.val_samples,
     patience: Patience = DEFAULT.patience,
+    attribution: Attribution = DEFAULT.attribution,
+    attribution_weight: _number("--attribution-weight", "Of it, where it is aligned.")
+    = DEFAULT.attribution_weight,
+    attribution_every: _count("--attribution-every", "Steps from one alignment to the next.")
+    = DEFAULT.attribution_every,
+    attribution_views: _count("--attribution-views", "Answers of the teacher to each window.")
+    = DEFAULT.attribution_views,
+    attribution_steps: _count("--attribution-steps", "Of integrated gradients; 1: none.")
+    = DEFAULT.attribution_steps,
     target_dir: TargetDir = None,
     targets_only: TargetsOnly = False,
     top_k: _count("--top-k", "Tokens of each of its answers that are kept.") = DEFAULT.top_k,

@@ -11,10 +11,18 @@ import mlx.core as mx
 
 from .bridges.measure import check_memory, evaluate_folders, fit_together, loaded_bytes
 from .bridges.mlx_lm import LanguageModel, open_model
-from .bridges.students import common_tokens, student_of, teacher_of, trained_fetch
+from .bridges.students import (
+    common_tokens,
+    explained_teacher,
+    student_of,
+    teacher_of,
+    trained_fetch,
+)
 from .checkpoint import RECORD, check_free, parent_record
 from .data import Windows
 from .distill import NextToken, Teacher, live
+from .errors import InputError
+from .explained import Explainer, Traced
 from .gate import rejected, require_drop
 from .options import DistillOptions
 from .plan import PrunePlan
@@ -65,6 +73,8 @@ def distill(
     run, `ResourceError` where it would not fit into memory, and `GateFailed` where a loss is not
     finite or more is lost than the gate allows.
     """
+    if target_dir is not None and options.attribution is not None:
+        raise InputError("--attribution: asks the teacher itself; not together with --target-dir.")
     out, started = Path(out), time.perf_counter()
     work = training_place(out) if work is None else work
     check_free(out)
@@ -82,7 +92,7 @@ def distill(
         answers = _cached(teacher, asked, options, target_dir, team, progress)
     objective = NextToken(
         student_of(student, options), answers, asked.train, asked.held_out, options, asked.count,
-        team,
+        team, _explainer(teacher, options),
     )  # fmt: skip
     training = train(objective, options, folder, workers=team, told=told, progress=progress)
     team.wait()
@@ -133,6 +143,12 @@ def _asked(teacher, student, options: DistillOptions, data) -> _Asked:
     count = common_tokens(teacher, student)
     notes = [*teacher.notes, *student.notes]
     return _Asked(*read_training(data, student.tokenizer(), options, notes), count, notes)
+
+
+def _explainer(teacher: LanguageModel, options: DistillOptions) -> Explainer | None:
+    if options.attribution is None:
+        return None
+    return Explainer(Traced(explained_teacher(teacher)), options)
 
 
 def _cached(

@@ -10,13 +10,14 @@ from functools import cached_property, partial
 import mlx.core as mx
 import numpy as np
 
+from .attribution import attribution, misalignment
 from .batch_norm import batch_norms
 from .errors import InputError
 from .execute import run
 from .graph import Graph
 from .losses import LOSSES
 from .matching import HIDDEN_MEASURES
-from .options import DIVERGENCES, EMBEDDING_LOSSES, DistillOptions, among
+from .options import ATTRIBUTIONS, DIVERGENCES, EMBEDDING_LOSSES, DistillOptions, among
 from .program import Program
 from .samples import Samples
 from .training import batch_rows
@@ -29,9 +30,10 @@ class Answers:
 
     A `training.Objective`. Class scores are compared by a divergence of their distributions,
     embeddings by "cosine" or "mse". The teacher is asked once for each sample, so it is not needed
-    later. Statistics of batch norms stay as they are. Held out are the task's own `loss` and
-    `score`, and the `divergence`. Raises `InputError` for a loss that does not suit, and where
-    teacher and student answer in other shapes.
+    later. With the attribution "align" what pairs are alike by, or a class is scored by, is held to
+    what it is to the teacher. Statistics of batch norms stay as they are. Held out are the task's
+    own `loss` and `score`, and the `divergence`. Raises `InputError` for a loss that does not suit,
+    and where teacher and student answer in other shapes.
     """
 
     student: Program
@@ -45,6 +47,7 @@ class Answers:
         kinds = EMBEDDING_LOSSES if self.train.task.embeds else DIVERGENCES
         among("--loss", (self.loss,), kinds)
         self.told = asked(self.teacher, self.train)
+        self.rests_on = self._explained()
         self.told_held_out = asked(self.teacher, self.held_out)
         own = asked(self.student, self.held_out.split(1)[0]).shape[1:]
         theirs = self.told_held_out.shape[1:]
@@ -53,6 +56,23 @@ class Answers:
                 f"--teacher: answers in the shape {theirs}, the student in {own}; both need the "
                 "same classes, or embeddings of one width."
             )
+
+    def _explained(self) -> mx.array | None:
+        """What the teacher's answers to the samples rest on, [S, rows, T]."""
+        if self.options.attribution is None:
+            return None
+        among("--attribution", (self.options.attribution,), ATTRIBUTIONS[:1])
+        graph = self.teacher.at(self.train.sizes(self.teacher))
+        weights = self.teacher.fetch(list(graph.parameters))
+        maps = []
+        for b, inputs in enumerate(self.train.batches):
+            told = self.told[b * self.train.size : (b + 1) * self.train.size]
+            explain = partial(_explain, self.train, inputs, told)
+            steps = self.options.attribution_steps
+            found = attribution(graph, inputs, weights, explain, steps=steps)
+            maps.append(_rows_of(self.train, found))
+            mx.eval(maps[-1])
+        return mx.concatenate(maps)
 
     @property
     def loss(self) -> str:
@@ -75,7 +95,9 @@ class Answers:
         loss, sums = mx.zeros(()), None
         for places in batches:
             batch, theirs = self.train.pick(places), self.told[mx.array(places)]
-            found, grads = mx.value_and_grad(partial(self._loss, batch, theirs, t))(weights)
+            due = self.rests_on is not None and step % self.options.attribution_every == 0
+            maps = self.rests_on[mx.array(places)] if due else None
+            found, grads = mx.value_and_grad(partial(self._loss, batch, theirs, maps, t))(weights)
             sums = grads if sums is None else {p: sums[p] + grad for p, grad in grads.items()}
             loss = loss + found
             mx.eval(loss, sums)
@@ -105,13 +127,20 @@ class Answers:
         others = [path for path in self.graph.parameters if path not in self.start()]
         return dict(self.student.fetch(others))
 
-    def _loss(self, batch: Samples, theirs: mx.array, t: float, weights: Weights) -> mx.array:
-        outputs, _ = run(self.graph, batch.batches[0], weights | self._fixed)
+    def _loss(self, batch: Samples, theirs: mx.array, maps, t: float, weights: Weights) -> mx.array:
+        inputs, held = batch.batches[0], weights | self._fixed
+        outputs, _ = run(self.graph, inputs, held)
         total, hard = mx.zeros(()), self.options.hard_labels
         if hard < 1:
-            own = _by_sample(batch, batch.batches[0], outputs)
+            own = _by_sample(batch, inputs, outputs)
             total = (1 - hard) * self._divergence(own, theirs, t).mean()
-        return total + hard * batch.loss(0, outputs).mean() if hard else total
+        if hard:
+            total = total + hard * batch.loss(0, outputs).mean()
+        if maps is not None:
+            found = attribution(self.graph, inputs, held, partial(_explain, batch, inputs, theirs))
+            apart = misalignment(_rows_of(batch, found), maps).mean()
+            total = total + self.options.attribution_weight * apart
+        return total
 
     def _divergence(self, own: mx.array, theirs: mx.array, t: float = 1.0) -> mx.array:
         if self.train.task.embeds:
@@ -139,6 +168,16 @@ def asked(program: Program, samples: Samples) -> mx.array:
 
 def _by_sample(samples: Samples, inputs: Sequence[mx.array], outputs) -> mx.array:
     compared = samples.task.compared(inputs, outputs)
-    if not samples.task.embeds:
-        return compared
-    return compared.reshape(samples.task.rows, -1, compared.shape[-1]).swapaxes(0, 1)
+    return _rows_of(samples, compared) if samples.task.embeds else compared
+
+
+def _rows_of(samples: Samples, array: mx.array) -> mx.array:
+    """[S, rows of a sample, ...] of [rows x S, ...]."""
+    return array.reshape(samples.task.rows, -1, *array.shape[1:]).swapaxes(0, 1)
+
+
+def _explain(samples: Samples, inputs, theirs: mx.array, outputs) -> mx.array:
+    """What is explained: how alike a pair is, or the score of the teacher's class."""
+    if samples.task.embeds:
+        return samples.task.read(inputs, outputs)
+    return mx.take_along_axis(outputs[0], mx.argmax(theirs, axis=-1)[:, None], axis=-1)[:, 0]

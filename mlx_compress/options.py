@@ -20,6 +20,7 @@ EMBEDDING_LOSSES = ("cosine", "mse")
 METHODS = ("prune", "distill")
 DROP_TYPES = ("relative", "absolute")
 DTYPES = ("float32", "float16")
+ATTRIBUTIONS = ("align", "weights")
 TRAINING_DTYPES = ("float32", "bfloat16")
 DIVERGENCES = (
     "reverse-kl", "forward-kl", "js", "skew-kl", "skew-reverse-kl", "adaptive-kl", "taid",
@@ -133,7 +134,11 @@ class DistillOptions:
     are learnt from. `dtype` is that of the student's arithmetic; its weights are held in float32.
     With `grad_checkpoint` layers are computed a second time instead of held. A `lora_rank` above 0
     trains adapters of that rank, which are merged at the end. Where a teacher's answers are kept on
-    disk they are its `top_k` likeliest tokens. `eval_samples` windows are measured at last, and
+    disk they are its `top_k` likeliest tokens. With `attribution` "align" every
+    `attribution_every`-th step also holds what the student's answers rest on to what the teacher's
+    do, with `attribution_weight`; with "weights" tokens count as much as the teacher's answers rest
+    on them. A window has `attribution_views` of them; `attribution_steps` are those of integrated
+    gradients. `eval_samples` windows are measured at last, and
     `max_drop` is a gate on their loss as in `Options`.
     """
 
@@ -156,6 +161,11 @@ class DistillOptions:
     grad_checkpoint: bool = False
     lora_rank: int = 0
     top_k: int = 128
+    attribution: str | None = None
+    attribution_weight: float = 1.0
+    attribution_every: int = 4
+    attribution_views: int = 2
+    attribution_steps: int = 1
     max_drop: float | None = None
     drop_type: str = "relative"
     seed: int = 0
@@ -169,8 +179,11 @@ class DistillOptions:
             ("iters", 1), ("batch_size", 1), ("warmup", 0), ("grad_accumulation_steps", 1),
             ("steps_per_eval", 1), ("patience", 1), ("max_seq_length", 2), ("val_samples", 1),
             ("eval_samples", 2), ("lora_rank", 0), ("top_k", 1), ("seed", 0),
+            ("attribution_every", 1), ("attribution_views", 1), ("attribution_steps", 1),
         ))  # fmt: skip
-        for name in ("learning_rate", "temperature", "clip"):
+        if self.attribution is not None:
+            among("--attribution", (self.attribution,), ATTRIBUTIONS)
+        for name in ("learning_rate", "temperature", "clip", "attribution_weight"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{_flag(name)} {getattr(self, name):g}: must be more than 0.")
         if not 0 <= self.hard_labels <= 1:

@@ -2,8 +2,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_compress.distill import NextToken, gradients, live
+from mlx_compress.distill import Batch, NextToken, gradients, live
 from mlx_compress.errors import GateFailed, InputError
+from mlx_compress.explained import Traced
 from mlx_compress.losses import LOSSES
 from mlx_compress.options import DIVERGENCES, DistillOptions
 from mlx_compress.training import batch_rows, train
@@ -30,7 +31,7 @@ def distil(student, teacher, text, held_out, options, folder, **more):
 
 def as_batch(tokens, mask, teacher):
     tokens = mx.array(tokens)
-    return tokens, mx.array(mask), (mx.stop_gradient(teacher(tokens[:, :-1])),)
+    return Batch(tokens, mx.array(mask) * 1.0, (mx.stop_gradient(teacher(tokens[:, :-1])),))
 
 
 def same(left, right):
@@ -72,9 +73,9 @@ def test_two_batches_of_two_give_the_gradient_of_one_of_four():
     mask = np.ones(TOKENS.shape, bool)
     mask[0, :7] = False  # the two batches count unlike numbers of tokens
     options = DistillOptions(hard_labels=0.3)
-    whole, one = gradients(student, [as_batch(TOKENS[:4], mask[:4], teacher)], options)
+    whole, one = gradients(Traced(student), [as_batch(TOKENS[:4], mask[:4], teacher)], options)
     parts = [as_batch(TOKENS[k : k + 2], mask[k : k + 2], teacher) for k in (0, 2)]
-    split, two = gradients(student, parts, options)
+    split, two = gradients(Traced(student), parts, options)
     assert abs(whole.item() - split.item()) < 1e-5
     for path, grad in one.items():
         np.testing.assert_allclose(grad, two[path], atol=1e-5)
@@ -83,7 +84,7 @@ def test_two_batches_of_two_give_the_gradient_of_one_of_four():
 def test_tokens_that_do_not_count_give_no_gradient():
     student, teacher = build(LLAMA, 1), build(LLAMA, 0)
     nothing = as_batch(TOKENS, np.zeros(TOKENS.shape, bool), teacher)
-    loss, grads = gradients(student, [nothing], DistillOptions(hard_labels=0.5))
+    loss, grads = gradients(Traced(student), [nothing], DistillOptions(hard_labels=0.5))
     assert loss.item() == 0
     assert not any(mx.any(grad).item() for grad in grads.values())
 
@@ -92,18 +93,20 @@ def test_padding_behind_a_text_changes_no_gradient():
     student, teacher, options = build(LLAMA, 1), build(LLAMA, 0), DistillOptions(hard_labels=0.5)
     mask = np.arange(TOKENS.shape[1])[None] < np.full((6, 1), 5)
     padded = as_batch(np.where(mask, TOKENS, 0), mask, teacher)
-    _, long = gradients(student, [padded], options)
-    _, short = gradients(student, [as_batch(TOKENS[:, :5], mask[:, :5], teacher)], options)
+    _, long = gradients(Traced(student), [padded], options)
+    _, short = gradients(Traced(student), [as_batch(TOKENS[:, :5], mask[:, :5], teacher)], options)
     for path, grad in long.items():
         np.testing.assert_allclose(grad, short[path], atol=1e-5)
 
 
 def test_padding_of_the_vocabulary_changes_no_gradient():
     student, teacher, options = build(LLAMA, 1), build(LLAMA, 0), DistillOptions(hard_labels=0.5)
-    _, plain = gradients(student, [as_batch(TOKENS, TEXT.mask, teacher)], options)
-    tokens, mask, (logits,) = as_batch(TOKENS, TEXT.mask, teacher)
+    _, plain = gradients(Traced(student), [as_batch(TOKENS, TEXT.mask, teacher)], options)
+    batch = as_batch(TOKENS, TEXT.mask, teacher)
+    logits = batch.targets[0]
     padded = mx.concatenate([logits, mx.full((*logits.shape[:2], 3), 5.0)], axis=-1)
-    _, wide = gradients(student, [(tokens, mask, (padded,))], options, count=VOCABULARY)
+    batch = batch._replace(targets=(padded,))
+    _, wide = gradients(Traced(student), [batch], options, count=VOCABULARY)
     for path, grad in plain.items():
         np.testing.assert_allclose(grad, wide[path], atol=1e-6)
 

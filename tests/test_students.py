@@ -5,12 +5,13 @@ from mlx.utils import tree_flatten
 from mlx_compress.bridges.mlx_lm import open_model
 from mlx_compress.bridges.students import student_of, trained_fetch
 
-from mlx_compress.distill import gradients
+from mlx_compress.distill import Batch, gradients
+from mlx_compress.explained import Traced
 from mlx_compress.options import DistillOptions
 from tiny import LLAMA, MIXTRAL, VOCABULARY, build, save
 
 TOKENS = mx.array(np.random.default_rng(0).integers(0, VOCABULARY, (2, 9)), mx.int32)
-MASK = mx.ones(TOKENS.shape, mx.bool_)
+MASK = mx.ones(TOKENS.shape)
 
 
 @pytest.fixture
@@ -23,10 +24,10 @@ def student(tmp_path):
 def test_layers_computed_twice_give_the_same_gradients(config, tmp_path):
     save(config, tmp_path / "model")
     model = open_model(tmp_path / "model")
-    batch = TOKENS, MASK, (build(config, 1)(TOKENS[:, :-1]),)
+    batch = Batch(TOKENS, MASK, (build(config, 1)(TOKENS[:, :-1]),))
     plain, again = (DistillOptions(grad_checkpoint=on) for on in (False, True))
-    _, expected = gradients(student_of(model, plain), [batch], plain)
-    _, got = gradients(student_of(model, again), [batch], again)
+    _, expected = gradients(Traced(student_of(model, plain)), [batch], plain)
+    _, got = gradients(Traced(student_of(model, again)), [batch], again)
     assert got.keys() == expected.keys()
     for path, grad in expected.items():
         np.testing.assert_allclose(got[path], grad, atol=1e-6)

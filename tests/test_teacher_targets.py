@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mlx_compress import teacher_targets
-from mlx_compress.distill import NextToken, gradients, live
+from mlx_compress.distill import Batch, NextToken, gradients, live
 from mlx_compress.errors import InputError, ResourceError
+from mlx_compress.explained import Traced
 from mlx_compress.losses import LOSSES
 from mlx_compress.options import DistillOptions
 from mlx_compress.teacher_targets import TargetFolder, likeliest
@@ -33,7 +34,7 @@ def place(tmp_path):
 
 def batch(teacher, rows):
     tokens = mx.array(TEXT.tokens[rows])
-    return tokens, mx.array(TEXT.mask[rows]), teacher(TEXT, rows, tokens[:, :-1])
+    return Batch(tokens, mx.array(TEXT.mask[rows]) * 1.0, teacher(TEXT, rows, tokens[:, :-1]))
 
 
 def test_the_likeliest_tokens_come_first_with_their_share_of_the_whole_vocabulary():
@@ -51,8 +52,8 @@ def test_the_whole_vocabulary_on_disk_gives_the_gradients_of_the_teacher(loss, p
     targets.write(teacher, batch_size=2)
     assert targets.complete
     options, rows = DistillOptions(loss=loss), np.array([3, 0])
-    nats, expected = gradients(student, [batch(live(teacher), rows)], options, t=0.6)
-    got, grads = gradients(student, [batch(targets.teacher(), rows)], options, t=0.6)
+    nats, expected = gradients(Traced(student), [batch(live(teacher), rows)], options, t=0.6)
+    got, grads = gradients(Traced(student), [batch(targets.teacher(), rows)], options, t=0.6)
     assert abs(nats.item() - got.item()) < 1e-2
     for path, grad in expected.items():
         np.testing.assert_allclose(grads[path], grad, atol=4e-3)
@@ -61,13 +62,13 @@ def test_the_whole_vocabulary_on_disk_gives_the_gradients_of_the_teacher(loss, p
 def test_the_more_tokens_the_nearer_to_the_teacher(tmp_path):
     teacher, student = build(LLAMA, 0), build(LLAMA, 1)
     options, rows = DistillOptions(), np.arange(5)
-    whole = gradients(student, [batch(live(teacher), rows)], options)[1]["lm_head.weight"]
+    whole = gradients(Traced(student), [batch(live(teacher), rows)], options)[1]["lm_head.weight"]
     errors = []
     for top_k in (1, 6, 20):
         targets = folder(tmp_path / str(top_k), top_k=top_k)
         targets.write(teacher, batch_size=2)
-        some = gradients(student, [batch(targets.teacher(), rows)], options)[1]["lm_head.weight"]
-        errors.append(mx.abs(some - whole).sum().item())
+        _, some = gradients(Traced(student), [batch(targets.teacher(), rows)], options)
+        errors.append(mx.abs(some["lm_head.weight"] - whole).sum().item())
     assert errors == sorted(errors, reverse=True)
 
 
