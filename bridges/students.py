@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..distill import Logits, logits_of
+from ..distill import Logits, first_array, logits_of
 from ..errors import InputError
 from ..options import DistillOptions
 from ..stream import Fetch
@@ -25,6 +25,20 @@ def explained_teacher(model: LanguageModel) -> nn.Module:
     module = model.module()
     module.set_dtype(mx.float32)
     return module
+
+
+def continued(module: nn.Module, prompts_BP: mx.array, count: int, key: mx.array) -> mx.array:
+    """The prompts and `count` tokens [B, P + count] that the model samples behind them."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache, tokens_BT = make_prompt_cache(module), prompts_BP
+    following = prompts_BP
+    for each in mx.random.split(key, count):
+        logits_BV = first_array(module(following, cache=cache))[:, -1].astype(mx.float32)
+        following = mx.random.categorical(logits_BV, key=each)[:, None].astype(prompts_BP.dtype)
+        tokens_BT = mx.concatenate([tokens_BT, following], axis=1)
+        mx.eval(tokens_BT)
+    return tokens_BT
 
 
 def student_of(model: LanguageModel, options: DistillOptions) -> nn.Module:

@@ -28,6 +28,8 @@ Logits = Callable[[mx.array], mx.array]
 # What the teacher says of the next tokens of some windows of a text, given their tokens [B, T - 1]:
 # logits [B, T - 1, V], or the likeliest k tokens and their log-probabilities [B, T - 1, k].
 Teacher = Callable[[Text, np.ndarray, mx.array], tuple[mx.array, ...]]
+# The prompts [B, P] with so many tokens behind them that a model samples by a key.
+Write = Callable[[nn.Module, mx.array, int, mx.array], mx.array]
 USUAL = "reverse-kl"
 LOSS, TOKENS = " loss", " tokens"  # beside parameters' paths, in which no space is
 # Whole logits: the gradient comes with the loss, by a Metal kernel where there is one.
@@ -46,23 +48,25 @@ def live(logits: Logits) -> Teacher:
 def logits_of(module: nn.Module) -> Logits:
     """A model's logits alone, where it gives more, which come first."""
 
-    def logits(tokens_BT: mx.array) -> mx.array:
-        out = module(tokens_BT)
-        while not isinstance(out, mx.array):
-            out = out[0]
-        return out
+    return lambda tokens_BT: first_array(module(tokens_BT))
 
-    return logits
+
+def first_array(out) -> mx.array:
+    while not isinstance(out, mx.array):
+        out = out[0]
+    return out
 
 
 class Batch(NamedTuple):
     """Windows [B, T] of which tokens count by `weights`, 0 for not at all; what the teacher says of
-    them, and where attributions are aligned what one of its answers rests on."""
+    them, and where attributions are aligned what one of its answers rests on. Those that are the
+    student's `own` words are no labels."""
 
     tokens: mx.array
     weights: mx.array
     targets: tuple[mx.array, ...]
     view: View | None = None
+    own: bool = False
 
 
 @dataclass
@@ -82,6 +86,7 @@ class NextToken:
     count: int | None = None
     workers: Workers = ALONE
     explainer: Explainer | None = None
+    write: Write | None = None
 
     def __post_init__(self):
         if not len(self.train.tokens) or not len(self.held_out.tokens):
@@ -104,11 +109,26 @@ class NextToken:
     def gradients(self, weights: Weights, step: int, t: float) -> tuple[mx.array, Weights]:
         self._set(weights)
         rows = batch_rows(self.options, step, len(self.train.tokens))
-        batches = [
-            self._explained(self._batch(self.train, part), part, step)
-            for part in map(self.workers.part, rows)
-        ]
+        rng = np.random.default_rng([self.options.seed, step])
+        parts = [self.workers.part(part) for part in rows]
+        if rng.random() < self.options.on_policy:
+            keys = rng.integers(2**32, size=(len(parts), self.workers.count))
+            batches = [self._own(part, int(key[self.workers.rank]))
+                       for part, key in zip(parts, keys, strict=True)]  # fmt: skip
+        else:
+            batches = [self._explained(self._batch(self.train, p), p, step) for p in parts]
         return gradients(self.traced, batches, self.options, t, self.count, self.workers)
+
+    def _own(self, rows: np.ndarray, seed: int) -> Batch:
+        """Windows that the student writes on from their first quarter."""
+        length = self.train.tokens.shape[1]
+        prompt = max(1, length // 4)
+        prompts_BP = mx.array(self.train.tokens[rows, :prompt])
+        tokens_BT = self.write(self.student, prompts_BP, length - prompt, mx.random.key(seed))
+        written = mx.broadcast_to(mx.arange(length) >= prompt, tokens_BT.shape)
+        targets = self.teacher(self.train, rows, tokens_BT[:, :-1])
+        targets = tuple(map(mx.stop_gradient, targets))
+        return Batch(tokens_BT, written.astype(mx.float32), targets, own=True)
 
     def _explained(self, batch: Batch, rows: np.ndarray, step: int) -> Batch:
         """With what the options ask of attributions at this step."""
@@ -130,13 +150,16 @@ class NextToken:
         sums = dict.fromkeys([*names, "tokens"], mx.zeros(()))
         for start in range(0, len(own_rows), self.options.batch_size):
             rows = own_rows[start : start + self.options.batch_size]
-            tokens_BT, mask_BT, targets, _ = self._batch(self.held_out, rows)
-            own = logits_of(self.student)(tokens_BT[:, :-1])[..., : self.count]
-            found = {"cross_entropy": cross_entropy(own, tokens_BT[:, 1:]), "tokens": mx.ones(())}
-            if targets:
-                found["divergence"] = divergence_of(own, targets, self.options, count=self.count)
+            batch = self._batch(self.held_out, rows)
+            labels_BT = batch.tokens[:, 1:]
+            own = logits_of(self.student)(batch.tokens[:, :-1])[..., : self.count]
+            found = {"cross_entropy": cross_entropy(own, labels_BT), "tokens": mx.ones(())}
+            if batch.targets:
+                found["divergence"] = divergence_of(
+                    own, batch.targets, self.options, count=self.count
+                )
             for name, nats in found.items():
-                sums[name] = sums[name] + mx.where(mask_BT[:, 1:] != 0, nats, 0).sum()
+                sums[name] = sums[name] + mx.where(batch.weights[:, 1:] != 0, nats, 0).sum()
             mx.eval(sums)
         sums = self.workers.sum(sums)
         return {name: sums[name].item() / max(1, sums["tokens"].item()) for name in names}
@@ -179,11 +202,11 @@ def gradients(
     def total(batch: Batch) -> mx.array:
         inputs_BT, counts_BT = batch.tokens[:, :-1], batch.weights[:, 1:]
         own, nats = logits_of(student.module)(inputs_BT)[..., :count], 0
+        hard = 0 if batch.own else options.hard_labels
         if batch.targets:
-            nats = divergence_of(own, batch.targets, options, t, count)
-            nats = (1 - options.hard_labels) * nats
-        if options.hard_labels:
-            nats = nats + options.hard_labels * cross_entropy(own, batch.tokens[:, 1:])
+            nats = (1 - hard) * divergence_of(own, batch.targets, options, t, count)
+        if hard:
+            nats = nats + hard * cross_entropy(own, batch.tokens[:, 1:])
         loss = mx.where(counts_BT != 0, nats * counts_BT, 0).sum()
         if batch.view is None:
             return loss

@@ -110,6 +110,8 @@ def distill(
     val_samples: _count("--val-samples", "Windows that are held out to choose by.")
     = DEFAULT.val_samples,
     patience: Patience = DEFAULT.patience,
+    on_policy: _number("--on-policy", "Fraction of steps on text that the student writes, 0-1.")
+    = DEFAULT.on_policy,
     attribution: Attribution = DEFAULT.attribution,
     attribution_weight: _number("--attribution-weight", "Of it, where it is aligned.")
     = DEFAULT.attribution_weight,

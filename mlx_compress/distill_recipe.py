@@ -13,6 +13,7 @@ from .bridges.measure import check_memory, evaluate_folders, fit_together, loade
 from .bridges.mlx_lm import LanguageModel, open_model
 from .bridges.students import (
     common_tokens,
+    continued,
     explained_teacher,
     student_of,
     teacher_of,
@@ -73,8 +74,10 @@ def distill(
     run, `ResourceError` where it would not fit into memory, and `GateFailed` where a loss is not
     finite or more is lost than the gate allows.
     """
-    if target_dir is not None and options.attribution is not None:
-        raise InputError("--attribution: asks the teacher itself; not together with --target-dir.")
+    live_only = {"--attribution": options.attribution, "--on-policy": options.on_policy}
+    for flag, wanted in live_only.items():
+        if target_dir is not None and wanted:
+            raise InputError(f"{flag}: asks the teacher itself; not together with --target-dir.")
     out, started = Path(out), time.perf_counter()
     work = training_place(out) if work is None else work
     check_free(out)
@@ -92,7 +95,7 @@ def distill(
         answers = _cached(teacher, asked, options, target_dir, team, progress)
     objective = NextToken(
         student_of(student, options), answers, asked.train, asked.held_out, options, asked.count,
-        team, _explainer(teacher, options),
+        team, _explainer(teacher, options), continued,
     )  # fmt: skip
     training = train(objective, options, folder, workers=team, told=told, progress=progress)
     team.wait()

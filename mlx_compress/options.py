@@ -134,7 +134,9 @@ class DistillOptions:
     are learnt from. `dtype` is that of the student's arithmetic; its weights are held in float32.
     With `grad_checkpoint` layers are computed a second time instead of held. A `lora_rank` above 0
     trains adapters of that rank, which are merged at the end. Where a teacher's answers are kept on
-    disk they are its `top_k` likeliest tokens. With `attribution` "align" every
+    disk they are its `top_k` likeliest tokens. In a fraction `on_policy` of the steps the student
+    writes the last three quarters of each window itself, and learns what the teacher says of that
+    (GKD, https://arxiv.org/abs/2306.13649). With `attribution` "align" every
     `attribution_every`-th step also holds what the student's answers rest on to what the teacher's
     do, with `attribution_weight`; with "weights" tokens count as much as the teacher's answers rest
     on them. A window has `attribution_views` of them; `attribution_steps` are those of integrated
@@ -161,6 +163,7 @@ class DistillOptions:
     grad_checkpoint: bool = False
     lora_rank: int = 0
     top_k: int = 128
+    on_policy: float = 0.0
     attribution: str | None = None
     attribution_weight: float = 1.0
     attribution_every: int = 4
@@ -186,8 +189,10 @@ class DistillOptions:
         for name in ("learning_rate", "temperature", "clip", "attribution_weight"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{_flag(name)} {getattr(self, name):g}: must be more than 0.")
-        if not 0 <= self.hard_labels <= 1:
-            raise InputError(f"--hard-labels {self.hard_labels:g}: must lie between 0 and 1.")
+        for name in ("hard_labels", "on_policy"):
+            if not 0 <= getattr(self, name) <= 1:
+                value = getattr(self, name)
+                raise InputError(f"{_flag(name)} {value:g}: must lie between 0 and 1.")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -41,7 +41,7 @@ from .training_state import TrainingFolder, Weights
 from .workers import ALONE, Workers
 
 # What only language models have.
-OF_TEXT = ("mask_prompt", "grad_checkpoint", "lora_rank", "dtype", "top_k")
+OF_TEXT = ("mask_prompt", "grad_checkpoint", "lora_rank", "dtype", "top_k", "on_policy")
 
 
 def distill(

@@ -1,6 +1,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_compress.bridges.students import continued
 
 from mlx_compress.distill import Batch, NextToken, gradients, live
 from mlx_compress.errors import GateFailed, InputError
@@ -153,6 +154,48 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(step, loss, tmp_path):
     same(cut.best(got), whole.best(expected))
 
 
+def test_a_student_learns_on_what_it_writes_itself(folder):
+    options = DistillOptions(**QUICK, on_policy=1.0, hard_labels=0.5)
+    teacher, written = build(LLAMA, 0), []
+
+    def write(*arguments):
+        written.append(continued(*arguments))
+        return written[-1]
+
+    def objective():
+        return NextToken(build(LLAMA, 1), live(teacher), TEXT, HELD, options, write=write)
+
+    curve = train(objective(), options, folder).curve
+    assert min(p["divergence"] for p in curve) < 0.95 * curve[0]["divergence"]
+    assert len(written) == 12 and all(tokens.shape == (2, 9) for tokens in written)
+    rows = batch_rows(options, 0, 6)[0]
+    assert (np.array(written[0])[:, :2] == TOKENS[rows, :2]).all()  # the first quarter is given
+    assert not mx.array_equal(written[0][:, 2:], written[3][:, 2:])
+    again = objective()
+    loss, _ = again.gradients(again.start(), 0, 1.0)
+    assert mx.array_equal(written[-1], written[0])  # by seed and step alone
+    # The text itself is no label there: the loss is the teacher's alone.
+    targets = (teacher(written[0][:, :-1]),)
+    weights = mx.broadcast_to(mx.arange(9) >= 2, (2, 9)) * 1.0
+    plain = DistillOptions(**QUICK)
+    expected, _ = gradients(Traced(build(LLAMA, 1)), [Batch(written[0], weights, targets)], plain)
+    assert abs(loss.item() - expected.item()) < 1e-5
+
+
+def test_what_is_written_is_what_the_model_makes_likely():
+    model, prompts = build(LLAMA, 0), mx.array(TOKENS[:1, :3])
+    rows = [continued(model, mx.repeat(prompts, 500, axis=0), 1, mx.random.key(k)) for k in (0, 1)]
+    drawn = np.array(mx.concatenate(rows))[:, 3]
+    found = np.bincount(drawn, minlength=VOCABULARY) / len(drawn)
+    assert np.abs(found - np.array(mx.softmax(model(prompts)[0, -1]))).max() < 0.05
+    cached = np.array(continued(model, prompts, 6, mx.random.key(2)))[0]
+    without = prompts
+    for key in mx.random.split(mx.random.key(2), 6):
+        drawn = mx.random.categorical(model(without)[:, -1], key=key)[:, None]
+        without = mx.concatenate([without, drawn.astype(without.dtype)], axis=1)
+    assert (cached == np.array(without)[0]).all()
+
+
 def test_a_run_without_gain_ends_by_its_patience(folder):
     options = DistillOptions(**QUICK, patience=1)
     done = distil(build(LLAMA, 0), live(build(LLAMA, 0)), TEXT, HELD, options, folder)
@@ -177,6 +220,7 @@ def test_no_windows_are_refused(folder):
         ({"loss": "l2"}, "--loss l2: unknown"),
         ({"iters": 0}, "--iters 0: must be at least 1"),
         ({"learning_rate": float("nan")}, "--learning-rate nan: must be more than 0"),
+        ({"on_policy": -1}, "--on-policy -1: must lie between 0 and 1"),
         ({"hard_labels": 2}, "--hard-labels 2: must lie between 0 and 1"),
     ],
 )
