@@ -27,13 +27,14 @@ from rich.table import Table
 from .. import recipe
 from ..bridges.mlx_lm import LanguageModel, open_model
 from ..bridges.students import common_tokens, explained_teacher, student_of, teacher_of
-from ..distill import Batch, NextToken, gradients, live
+from ..distill import Live, NextToken
 from ..errors import exit_on_error
 from ..evaluate import bootstrap_interval, token_losses
 from ..explained import Explainer, Traced
 from ..options import DIVERGENCES, DistillOptions, Options
 from ..report import machine, write_report
 from ..scoring import read_windows
+from ..token_loss import Batch, gradients
 from ..training import train
 from ..training_state import TrainingFolder
 from ..training_text import Text, read_training
@@ -93,7 +94,7 @@ def scored(logits, tokens_NT: np.ndarray) -> np.ndarray:
 def time_ratio(bench: Bench) -> float:
     """How many steps of fine-tuning take as long as one with a teacher."""
     seconds = {}
-    teacher = live(teacher_of(bench.teacher))
+    teacher = Live(teacher_of(bench.teacher))
     for name in ("reverse-kl", PLAIN):
         options = replace(bench.options, **METHODS[name])
         module = student_of(bench.student, options)
@@ -122,7 +123,7 @@ def trained(bench: Bench, name: str, seed: int, ratio: float, place: Path, say) 
             steps = round(options.iters * ratio)
             options = replace(options, iters=steps, steps_per_eval=max(1, steps // 8))
         folder = TrainingFolder(place / f"{name}-{seed}".replace(" ", "-"), asdict(options))
-        teacher = live(teacher_of(bench.teacher))
+        teacher = Live(teacher_of(bench.teacher))
         started = time.perf_counter()
         explainer = Explainer(Traced(explained_teacher(bench.teacher)), options)
         objective = NextToken(

@@ -4,8 +4,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..distill import Logits, first_array, logits_of
 from ..errors import InputError
+from ..heads import first_array
 from ..options import DistillOptions
 from ..stream import Fetch
 from ..vocabulary import real_tokens
@@ -14,10 +14,11 @@ from .mlx_lm import LanguageModel
 LORA_SCALE = 20.0  # as mlx-lm's
 
 
-def teacher_of(model: LanguageModel) -> Logits:
-    """Logits of a frozen model: in float32 on the CPU, which is slow at less; else as on disk."""
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return logits_of(explained_teacher(model) if on_cpu else model.module(dequantised=False))
+def teacher_of(model: LanguageModel) -> nn.Module:
+    """A frozen model: in float32 on the CPU, which is slow at less; else as it is on disk."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return explained_teacher(model)
+    return model.module(dequantised=False)
 
 
 def explained_teacher(model: LanguageModel) -> nn.Module:

@@ -21,7 +21,7 @@ from .bridges.students import (
 )
 from .checkpoint import RECORD, check_free, parent_record
 from .data import Windows
-from .distill import NextToken, Teacher, live
+from .distill import Live, NextToken, Teacher
 from .errors import InputError
 from .explained import Explainer, Traced
 from .gate import rejected, require_drop
@@ -90,7 +90,7 @@ def distill(
     run = _run(teacher, student, options, asked, target_dir)
     folder = TrainingFolder(work, run)
     if target_dir is None:
-        answers = live(teacher_of(teacher))
+        answers = Live(teacher_of(teacher))
     else:
         answers = _cached(teacher, asked, options, target_dir, team, progress)
     objective = NextToken(

@@ -14,7 +14,7 @@ it. The file names windows as done only once they are written, so a run that was
 import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,8 +22,9 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from .checkpoint import is_disk_full
-from .distill import Logits, Teacher
+from .distill import Teacher
 from .errors import InputError, ResourceError
+from .heads import first_array
 from .losses import log_probs
 from .report import write_report
 from .stream import Progress, silent
@@ -72,10 +73,10 @@ class TargetFolder:
         return all(done[name] == len(text.tokens) for name, text in self.texts.items())
 
     def write(
-        self, logits: Logits, *, batch_size: int, count: int | None = None,
+        self, model: Callable[[mx.array], object], *, batch_size: int, count: int | None = None,
         progress: Progress = silent,
     ) -> None:  # fmt: skip
-        """Ask the teacher for all that is not there; of its logits the first `count` matter.
+        """Ask the teacher `model` for all that is not there; its first `count` logits matter.
 
         Raises `ResourceError` where the disk has too little room.
         """
@@ -84,7 +85,7 @@ class TargetFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for text in self.texts.values():
-                self._write(logits, text, done, batch_size, count, progress)
+                self._write(model, text, done, batch_size, count, progress)
         except OSError as error:
             if not is_disk_full(error):
                 raise
@@ -105,7 +106,7 @@ class TargetFolder:
         tokens = sum(text.tokens[:, 1:].size for text in self.texts.values())
         return tokens * self.top_k * (np.dtype(np.uint32).itemsize + np.dtype(np.float16).itemsize)
 
-    def _write(self, logits, text: Text, done, batch_size, count, progress) -> None:
+    def _write(self, model, text: Text, done, batch_size, count, progress) -> None:
         name, total = text.name, len(text.tokens)
         if done[name] == total:
             return
@@ -113,8 +114,8 @@ class TargetFolder:
         starts = range(done[name], total, batch_size)
         for number, start in enumerate(starts, start=1):
             rows = slice(start, min(start + batch_size, total))
-            tokens = mx.array(text.tokens[rows, :-1])
-            indices[rows], kept[rows] = likeliest(logits(tokens)[..., :count], self.top_k)
+            logits = first_array(model(mx.array(text.tokens[rows, :-1])))
+            indices[rows], kept[rows] = likeliest(logits[..., :count], self.top_k)
             if number % STEP == 0 or rows.stop == total:
                 indices.flush(), kept.flush()
                 done[name] = rows.stop

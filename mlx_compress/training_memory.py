@@ -2,6 +2,7 @@
 
 import math
 
+from .distill import CHUNK_BYTES, LOGITS_BYTES
 from .errors import ResourceError
 from .graph import SHAPE_ONLY, Graph, dynamic_values
 from .options import DistillOptions
@@ -18,12 +19,14 @@ def training_bytes(student: Graph, options: DistillOptions, *, layers: int = 1) 
     `student` is its graph at one window. What a pass computes is held for the way back; with
     `grad_checkpoint`, that of one of the `layers`.
     """
-    weights = sum(_bytes(student, i) for i in student.parameters.values())
-    dynamic = dynamic_values(student)
+    weights = STATES * sum(_bytes(student, i) for i in student.parameters.values())
+    dynamic, logits = dynamic_values(student), student.outputs[0]
     computed = [node for node in student.nodes if node.op not in SHAPE_ONLY]
-    held = {i for node in computed for i in node.outputs if i in dynamic}
+    held = {i for node in computed for i in node.outputs if i in dynamic} - {logits}
     values = sum(_bytes(student, i) for i in held) // (layers if options.grad_checkpoint else 1)
-    return STATES * weights, values + LOGITS * _bytes(student, student.outputs[0])
+    if options.batch_size * _bytes(student, logits) > LOGITS_BYTES:  # they are never whole
+        return weights + LOGITS * CHUNK_BYTES, values
+    return weights, values + LOGITS * _bytes(student, logits)
 
 
 def _bytes(graph: Graph, i: int) -> int:

@@ -5,7 +5,7 @@ import pytest
 
 import judging
 from mlx_compress.attribution import attribution, candidates, embedded, misalignment
-from mlx_compress.distill import NextToken, live
+from mlx_compress.distill import Live, NextToken
 from mlx_compress.distill_samples import Answers
 from mlx_compress.errors import InputError
 from mlx_compress.explained import Explainer, Traced
@@ -88,7 +88,7 @@ def objective(**changed):
     } | changed)  # fmt: skip
     teacher = build(LLAMA)
     explainer = Explainer(Traced(teacher), options)
-    return NextToken(build(LLAMA, 1), live(teacher), TEXT, HELD, options, explainer=explainer)
+    return NextToken(build(LLAMA, 1), Live(teacher), TEXT, HELD, options, explainer=explainer)
 
 
 def apart(found: NextToken) -> float:

@@ -3,11 +3,12 @@ import numpy as np
 import pytest
 from mlx_compress.bridges.students import continued
 
-from mlx_compress.distill import Batch, NextToken, gradients, live
+from mlx_compress.distill import Live, NextToken
 from mlx_compress.errors import GateFailed, InputError
 from mlx_compress.explained import Traced
 from mlx_compress.losses import LOSSES
 from mlx_compress.options import DIVERGENCES, DistillOptions
+from mlx_compress.token_loss import Batch, gradients
 from mlx_compress.training import batch_rows, train
 from mlx_compress.training_state import TrainingFolder
 from mlx_compress.training_text import Text
@@ -48,7 +49,7 @@ def test_the_losses_that_can_be_chosen_are_those_there_are():
 def test_the_student_comes_nearer_to_the_teacher(loss, folder):
     student, teacher = build(LLAMA, 1), build(LLAMA, 0)
     options = DistillOptions(loss=loss, **QUICK)
-    curve = distil(student, live(teacher), TEXT, HELD, options, folder).curve
+    curve = distil(student, Live(teacher), TEXT, HELD, options, folder).curve
     assert [point["step"] for point in curve] == [0, 4, 8, 12]
     assert min(p["divergence"] for p in curve) < 0.9 * curve[0]["divergence"]
 
@@ -63,7 +64,7 @@ def test_text_alone_trains_a_student_that_asks_no_teacher(folder):
 def test_weights_are_held_in_float32_where_arithmetic_is_bfloat16(folder):
     student, teacher = build(LLAMA, 1), build(LLAMA, 0)
     options = DistillOptions(dtype="bfloat16", **{**QUICK, "learning_rate": 1e-3})
-    done = distil(student, live(teacher), TEXT, HELD, options, folder)
+    done = distil(student, Live(teacher), TEXT, HELD, options, folder)
     assert done.curve[-1]["divergence"] < done.curve[0]["divergence"]
     halves = [mx.array_equal(a, a.astype(mx.bfloat16)) for a in done.weights.values()]
     assert not any(half.item() for half in halves)
@@ -120,7 +121,7 @@ def breaking(teacher, call):
         calls.append(tokens)
         return teacher(tokens) * (mx.nan if len(calls) == call else 1)
 
-    return live(logits)
+    return Live(logits)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_best_weights(folder):
@@ -137,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_best_weight
 @pytest.mark.parametrize("step", range(1, 12, 3))
 @pytest.mark.parametrize("loss", ["reverse-kl", "taid"])
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(step, loss, tmp_path):
-    teacher = live(build(LLAMA, 0))
+    teacher = Live(build(LLAMA, 0))
     options = DistillOptions(loss=loss, **QUICK)
     whole, cut = (TrainingFolder(tmp_path / name, {}) for name in ("whole", "cut"))
     expected = distil(build(LLAMA, 1), teacher, TEXT, HELD, options, whole)
@@ -163,7 +164,7 @@ def test_a_student_learns_on_what_it_writes_itself(folder):
         return written[-1]
 
     def objective():
-        return NextToken(build(LLAMA, 1), live(teacher), TEXT, HELD, options, write=write)
+        return NextToken(build(LLAMA, 1), Live(teacher), TEXT, HELD, options, write=write)
 
     curve = train(objective(), options, folder).curve
     assert min(p["divergence"] for p in curve) < 0.95 * curve[0]["divergence"]
@@ -198,7 +199,7 @@ def test_what_is_written_is_what_the_model_makes_likely():
 
 def test_a_run_without_gain_ends_by_its_patience(folder):
     options = DistillOptions(**QUICK, patience=1)
-    done = distil(build(LLAMA, 0), live(build(LLAMA, 0)), TEXT, HELD, options, folder)
+    done = distil(build(LLAMA, 0), Live(build(LLAMA, 0)), TEXT, HELD, options, folder)
     assert done.step == 4
 
 
@@ -211,7 +212,7 @@ def test_batches_take_every_window_once_a_round():
 def test_no_windows_are_refused(folder):
     nothing = Text("train", TOKENS[:0], TEXT.mask[:0])
     with pytest.raises(InputError, match="no windows of text"):
-        distil(build(LLAMA), live(build(LLAMA)), nothing, HELD, DistillOptions(), folder)
+        distil(build(LLAMA), Live(build(LLAMA)), nothing, HELD, DistillOptions(), folder)
 
 
 @pytest.mark.parametrize(

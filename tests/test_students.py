@@ -5,9 +5,9 @@ from mlx.utils import tree_flatten
 from mlx_compress.bridges.mlx_lm import open_model
 from mlx_compress.bridges.students import student_of, trained_fetch
 
-from mlx_compress.distill import Batch, gradients
 from mlx_compress.explained import Traced
 from mlx_compress.options import DistillOptions
+from mlx_compress.token_loss import Batch, gradients
 from tiny import LLAMA, MIXTRAL, VOCABULARY, build, save
 
 TOKENS = mx.array(np.random.default_rng(0).integers(0, VOCABULARY, (2, 9)), mx.int32)

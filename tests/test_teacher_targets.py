@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from mlx_compress import teacher_targets
-from mlx_compress.distill import Batch, NextToken, gradients, live
+from mlx_compress.distill import Live, NextToken
 from mlx_compress.errors import InputError, ResourceError
 from mlx_compress.explained import Traced
 from mlx_compress.losses import LOSSES
 from mlx_compress.options import DistillOptions
 from mlx_compress.teacher_targets import TargetFolder, likeliest
+from mlx_compress.token_loss import Batch, gradients
 from mlx_compress.training import train
 from mlx_compress.training_state import TrainingFolder
 from mlx_compress.training_text import Text
@@ -52,7 +53,7 @@ def test_the_whole_vocabulary_on_disk_gives_the_gradients_of_the_teacher(loss, p
     targets.write(teacher, batch_size=2)
     assert targets.complete
     options, rows = DistillOptions(loss=loss), np.array([3, 0])
-    nats, expected = gradients(Traced(student), [batch(live(teacher), rows)], options, t=0.6)
+    nats, expected = gradients(Traced(student), [batch(Live(teacher), rows)], options, t=0.6)
     got, grads = gradients(Traced(student), [batch(targets.teacher(), rows)], options, t=0.6)
     assert abs(nats.item() - got.item()) < 1e-2
     for path, grad in expected.items():
@@ -62,7 +63,7 @@ def test_the_whole_vocabulary_on_disk_gives_the_gradients_of_the_teacher(loss, p
 def test_the_more_tokens_the_nearer_to_the_teacher(tmp_path):
     teacher, student = build(LLAMA, 0), build(LLAMA, 1)
     options, rows = DistillOptions(), np.arange(5)
-    whole = gradients(Traced(student), [batch(live(teacher), rows)], options)[1]["lm_head.weight"]
+    whole = gradients(Traced(student), [batch(Live(teacher), rows)], options)[1]["lm_head.weight"]
     errors = []
     for top_k in (1, 6, 20):
         targets = folder(tmp_path / str(top_k), top_k=top_k)
@@ -77,7 +78,7 @@ def test_a_student_of_the_disk_is_that_of_the_teacher(place, tmp_path):
     targets = folder(place)
     targets.write(build(LLAMA, 0), batch_size=2)
     curves = []
-    for name, teacher in (("disk", targets.teacher()), ("live", live(build(LLAMA, 0)))):
+    for name, teacher in (("disk", targets.teacher()), ("live", Live(build(LLAMA, 0)))):
         kept = TrainingFolder(tmp_path / name, {})
         objective = NextToken(build(LLAMA, 1), teacher, TEXT, HELD, options)
         curves.append(train(objective, options, kept).curve)
