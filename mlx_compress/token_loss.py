@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from .attribution import misalignment
+from .errors import InputError
 from .explained import Traced, View
 from .heads import Head, first_array
 from .kernels import kl
@@ -87,7 +88,7 @@ def gradients(
 
     loss, sums = mx.zeros(()), None
     for batch in batches:
-        nats, grads = nn.value_and_grad(student.module, partial(total, batch))()
+        nats, grads = _differentiated(student.module, partial(total, batch))
         grads = {path: grad.astype(mx.float32) for path, grad in tree_flatten(grads)}
         sums = grads if sums is None else tree_map(mx.add, sums, grads)
         loss = loss + nats
@@ -96,6 +97,17 @@ def gradients(
     shared = workers.sum({LOSS: loss, TOKENS: tokens, **sums})
     loss, tokens = shared.pop(LOSS), mx.maximum(shared.pop(TOKENS), 1)
     return loss / tokens, tree_map(lambda grad: grad / tokens, shared)
+
+
+def _differentiated(module: nn.Module, loss: Callable[[], mx.array]):
+    """Raises `InputError` for a model that has no gradient."""
+    try:
+        return nn.value_and_grad(module, loss)()
+    except (AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"--model: this architecture cannot be trained ({reason}).") from error
 
 
 def _nats(student: Traced, batch: Batch, options, t: float, count, split: Split | None) -> mx.array:
