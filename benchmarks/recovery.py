@@ -27,7 +27,7 @@ from rich.table import Table
 from .. import recipe
 from ..bridges.mlx_lm import LanguageModel, open_model
 from ..bridges.students import common_tokens, explained_teacher, student_of, teacher_of
-from ..distill import Live, NextToken
+from ..distill_text import Live, NextToken
 from ..errors import exit_on_error
 from ..evaluate import bootstrap_interval, token_losses
 from ..explained import Explainer, Traced

@@ -12,10 +12,12 @@ __version__ = "0.1.0"
 
 # Public name -> the file it lives in. A name must differ from every file's, or the file hides it.
 PUBLIC: dict[str, str] = {
+    "DistillOptions": "options",
     "Options": "options",
     "PrunePlan": "plan",
     "apply_plan": "recipe",
     "compress": "recipe",
+    "distill": "distill_recipe",
     "edit_graph": "edit",
     "make_plan": "recipe",
     "named_axes": "axes",

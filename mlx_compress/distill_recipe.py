@@ -21,7 +21,7 @@ from .bridges.students import (
 )
 from .checkpoint import RECORD, check_free, parent_record
 from .data import Windows
-from .distill import Live, NextToken, Teacher
+from .distill_text import Live, NextToken, Teacher
 from .errors import InputError
 from .explained import Explainer, Traced
 from .gate import rejected, require_drop

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from .checkpoint import is_disk_full
-from .distill import Teacher
+from .distill_text import Teacher
 from .errors import InputError, ResourceError
 from .heads import first_array
 from .losses import log_probs

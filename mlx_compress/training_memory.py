@@ -2,7 +2,7 @@
 
 import math
 
-from .distill import CHUNK_BYTES, LOGITS_BYTES
+from .distill_text import CHUNK_BYTES, LOGITS_BYTES
 from .errors import ResourceError
 from .graph import SHAPE_ONLY, Graph, dynamic_values
 from .options import DistillOptions

@@ -5,8 +5,8 @@ import pytest
 
 import judging
 from mlx_compress.attribution import attribution, candidates, embedded, misalignment
-from mlx_compress.distill import Live, NextToken
 from mlx_compress.distill_samples import Answers
+from mlx_compress.distill_text import Live, NextToken
 from mlx_compress.errors import InputError
 from mlx_compress.explained import Explainer, Traced
 from mlx_compress.graph import trace

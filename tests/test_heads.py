@@ -2,8 +2,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_compress import distill
-from mlx_compress.distill import Live, NextToken
+from mlx_compress import distill_text
+from mlx_compress.distill_text import Live, NextToken
 from mlx_compress.explained import Traced
 from mlx_compress.heads import head_of
 from mlx_compress.losses import LOSSES
@@ -94,7 +94,7 @@ def test_a_run_with_large_logits_takes_heads_off_and_goes_the_same_way(tmp_path,
     options = DistillOptions(iters=6, batch_size=2, warmup=0, learning_rate=3e-3, steps_per_eval=3)
     done = {}
     for name, limit in (("whole", 2**28), ("apart", 1)):
-        monkeypatch.setattr(distill, "LOGITS_BYTES", limit)
+        monkeypatch.setattr(distill_text, "LOGITS_BYTES", limit)
         goal = NextToken(build(TIED, 1), Live(build(LLAMA)), TEXT, TEXT, options)
         assert (goal.apart is not None) == (name == "apart")
         done[name] = train(goal, options, TrainingFolder(tmp_path / name, {}))

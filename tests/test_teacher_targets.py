@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_compress import teacher_targets
-from mlx_compress.distill import Live, NextToken
+from mlx_compress.distill_text import Live, NextToken
 from mlx_compress.errors import InputError, ResourceError
 from mlx_compress.explained import Traced
 from mlx_compress.losses import LOSSES

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from mlx_compress.bridges.students import continued
 
-from mlx_compress.distill import Live, NextToken
+from mlx_compress.distill_text import Live, NextToken
 from mlx_compress.errors import GateFailed, InputError
 from mlx_compress.explained import Traced
 from mlx_compress.losses import LOSSES
