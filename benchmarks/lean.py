@@ -35,6 +35,7 @@ from rich.table import Table
 from ..data import Windows
 from ..report import machine, write_report
 
+PARTS = ("weight", "scales", "biases")
 MEMORY_GOAL = 1.5
 TIME_GOALS = {"magnitude": 3.0, "activation": 3.0, "taylor": 8.0}
 
@@ -98,21 +99,39 @@ class Size:
         ]
 
 
-def write_model(folder: Path, size: Size) -> int:
-    """A random checkpoint, one shard in memory at a time; returns the bytes of its weights."""
+def write_model(folder: Path, size: Size, bits: int | None = None) -> int:
+    """A random checkpoint, one shard in memory at a time; returns the bytes of its weights.
+
+    With `bits` matrices are quantised as mlx-lm does, in groups of 64.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng, index, total = np.random.default_rng(0), {}, 0
     shards = size.shards()
     for number, shapes in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         arrays = {name: mx.array(_random(rng, shape)) for name, shape in shapes.items()}
+        arrays = _quantised(arrays, bits) if bits else arrays
         mx.save_safetensors(str(folder / file), arrays, metadata={"format": "mlx"})
         total += sum(array.nbytes for array in arrays.values())
         index |= dict.fromkeys(arrays, file)
     document = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(document))
-    (folder / "config.json").write_text(json.dumps(size.config()))
+    packed = {"quantization": {"group_size": 64, "bits": bits}} if bits else {}
+    (folder / "config.json").write_text(json.dumps(size.config() | packed))
     return total
+
+
+def _quantised(arrays: dict[str, mx.array], bits: int) -> dict[str, mx.array]:
+    out = {}
+    for name, array in arrays.items():
+        if array.ndim == 1:
+            out[name] = array
+            continue
+        parts = mx.quantize(array, group_size=64, bits=bits)
+        stem = name.removesuffix("weight")
+        out |= {stem + kind: part for kind, part in zip(PARTS, parts, strict=True)}
+        mx.eval(parts)
+    return out
 
 
 def _random(rng, shape: tuple[int, ...]) -> np.ndarray:

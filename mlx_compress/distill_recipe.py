@@ -9,13 +9,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .bridges.measure import check_memory, evaluate_folders, fit_together, loaded_bytes
+from .bridges.measure import check_memory, evaluate_folders, fit_together
 from .bridges.mlx_lm import LanguageModel, open_model
 from .bridges.students import (
     common_tokens,
     continued,
     explained_teacher,
     student_of,
+    teacher_bytes,
     teacher_of,
     trained_fetch,
 )
@@ -204,7 +205,7 @@ def short(*parts: str) -> str:
 
 def _require_memory(teacher, student, options: DistillOptions, *, with_teacher: bool) -> None:
     window = mx.zeros((1, options.max_seq_length - 1), mx.int32)
-    beside = loaded_bytes(teacher) if with_teacher and options.hard_labels < 1 else 0
+    beside = teacher_bytes(teacher) if with_teacher and options.hard_labels < 1 else 0
     require_memory(
         student.trace(window, dtype=mx.float32), beside, options,
         machine()["memory_bytes"], layers=len(getattr(student.module(), "layers", ())) or 1,
