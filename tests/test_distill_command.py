@@ -7,8 +7,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+import judging
 from commands import refused
 from mlx_compress import recipe, report, training
+from mlx_compress.archive import save_program
 from mlx_compress.distill_recipe import training_place
 
 EXAMPLE = Path(recipe.__file__).parent / "assets"
@@ -121,11 +123,11 @@ def test_too_little_memory_is_said_with_what_would_fit(call, student, tmp_path, 
     refused(result, "distilling needs about", "--batch-size", "would fit", code=4)
 
 
-def test_a_saved_program_is_no_student(call, tmp_path):
-    (tmp_path / "graph.json").write_text("{}")
-    (tmp_path / "weights.safetensors").touch()
-    result = call(*arguments(tmp_path, tmp_path / "out"))
-    refused(result, "--model")
+def test_a_program_and_a_language_model_do_not_teach_each_other(call, tmp_path):
+    (tmp_path / "net").mkdir()
+    save_program(judging.convolutions(), tmp_path / "net")
+    result = call(*arguments(tmp_path / "net", tmp_path / "out"))
+    refused(result, "--model", str(tmp_path / "net"), "give two of a kind")
 
 
 def test_a_teacher_that_was_asked_before_is_not_asked_again(call, student, tmp_path, monkeypatch):
