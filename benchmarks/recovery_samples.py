@@ -66,8 +66,8 @@ class Method:
 METHODS = (
     Method("encoder", "first layers"),
     Method("encoder", "pruned"),
-    Method("encoder", "first layers", "distilled"),
     Method("encoder", "pruned", "distilled"),
+    Method("encoder", "first layers", "distilled"),
     Method("resnet", "pruned"),
     Method("resnet", "pruned", "fine-tuned", hard_labels=1.0),
     Method("resnet", "pruned", "distilled"),
@@ -79,7 +79,7 @@ PRUNING = {
                       calibration_samples=1000, batch_size=50),
 }  # fmt: skip
 TRAINING = {
-    "encoder": {"learning_rate": 3e-4, "max_seq_length": 48},
+    "encoder": {"learning_rate": 3e-4, "max_seq_length": 32},
     "resnet": {"learning_rate": 1e-3},
 }
 
