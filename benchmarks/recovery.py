@@ -27,6 +27,7 @@ from rich.table import Table
 from .. import recipe
 from ..bridges.mlx_lm import LanguageModel, open_model
 from ..bridges.students import common_tokens, explained_teacher, student_of, teacher_of
+from ..distill_stages import Heard, Stage, run_stages
 from ..distill_text import Live, NextToken
 from ..errors import exit_on_error
 from ..evaluate import bootstrap_interval, token_losses
@@ -40,12 +41,13 @@ from ..training_state import TrainingFolder
 from ..training_text import Text, read_training
 
 RESULTS = Path(__file__).parent / "results"
-PLAIN = "fine-tuning"
+PLAIN, STAGES = "fine-tuning", "reverse-kl, two stages"
 METHODS: dict[str, dict] = {
     "none": {},
     PLAIN: {"hard_labels": 1.0},
     **{name: {"loss": name} for name in DIVERGENCES},
     "reverse-kl, half hard labels": {"loss": "reverse-kl", "hard_labels": 0.5},
+    STAGES: {"loss": "reverse-kl"},
     "reverse-kl, attribution aligned": {"loss": "reverse-kl", "attribution": "align"},
     "reverse-kl, attribution as weights": {"loss": "reverse-kl", "attribution": "weights"},
 }
@@ -66,6 +68,8 @@ class Bench:
     held_out: Text
     test: np.ndarray
     dense_nats: np.ndarray
+    kept: float
+    data: str
 
 
 def prepared(args, place: Path) -> Bench:
@@ -83,7 +87,9 @@ def prepared(args, place: Path) -> Bench:
     test = read_windows(teacher, args.data, "evaluation", options.measuring, []).tokens
     nats = scored(teacher_of(teacher), test)
     count = common_tokens(teacher, student)
-    return Bench(teacher, student, options, count, train, held_out, test, nats)
+    return Bench(
+        teacher, student, options, count, train, held_out, test, nats, args.kept, args.data
+    )
 
 
 def scored(logits, tokens_NT: np.ndarray) -> np.ndarray:
@@ -111,33 +117,54 @@ def time_ratio(bench: Bench) -> float:
     return float(seconds["reverse-kl"] / seconds[PLAIN])
 
 
-def trained(bench: Bench, name: str, seed: int, ratio: float, place: Path, say) -> dict:
-    """Train by one method and measure it."""
+def recovered(bench: Bench, name: str, seed: int, ratio: float, place: Path, say) -> dict:
+    """The row of one method: train by it, and measure."""
+    started = time.perf_counter()
     options = replace(bench.options, **METHODS[name], seed=seed)
-    module = student_of(bench.student, options)
+    if name == PLAIN:
+        steps = round(options.iters * ratio)
+        options = replace(options, iters=steps, steps_per_eval=max(1, steps // 8))
+    kept = place / f"{name}-{seed}".replace(" ", "-")
+    told = lambda point: say(f"{name}, seed {seed}: {point}")  # noqa: E731
     row: dict = {"method": name, "seed": seed}
     if name == "none":
-        module.set_dtype(mx.float32)
+        module = student_of(bench.student, options)
+    elif name == STAGES:
+        module, history = in_stages(bench, options, kept, told)
+        row |= history
     else:
-        if name == PLAIN:
-            steps = round(options.iters * ratio)
-            options = replace(options, iters=steps, steps_per_eval=max(1, steps // 8))
-        folder = TrainingFolder(place / f"{name}-{seed}".replace(" ", "-"), asdict(options))
-        teacher = Live(teacher_of(bench.teacher))
-        started = time.perf_counter()
-        explainer = Explainer(Traced(explained_teacher(bench.teacher)), options)
-        objective = NextToken(
-            module, teacher, bench.train, bench.held_out, options, bench.count,
-            explainer=explainer,
-        )  # fmt: skip
-        told = lambda point: say(f"{name}, seed {seed}: {point}")  # noqa: E731
-        done = train(objective, options, folder, told=told)
-        tokens = options.windows * (options.max_seq_length - 1)
-        row |= {"steps": done.step, "best_step": done.best_step, "tokens": tokens,
-                "held_out": done.curve, "seconds": time.perf_counter() - started}  # fmt: skip
-        module.update(tree_unflatten(list(folder.best(done).items())))
-    row["nats"] = scored(module, bench.test).tolist()
+        module, history = trained(bench, options, kept, told)
+        row |= history
+    module.set_dtype(mx.float32)
+    row |= {"nats": scored(module, bench.test).tolist(), "seconds": time.perf_counter() - started}
     return row | writing(bench, module)
+
+
+def trained(bench: Bench, options: DistillOptions, kept: Path, told) -> tuple[nn.Module, dict]:
+    """The student at its best weights, and how it got there."""
+    module, folder = student_of(bench.student, options), TrainingFolder(kept, asdict(options))
+    explainer = Explainer(Traced(explained_teacher(bench.teacher)), options)
+    objective = NextToken(
+        module, Live(teacher_of(bench.teacher)), bench.train, bench.held_out, options,
+        bench.count, explainer=explainer,
+    )  # fmt: skip
+    done = train(objective, options, folder, told=told)
+    module.update(tree_unflatten(list(folder.best(done).items())))
+    tokens = options.windows * (options.max_seq_length - 1)
+    return module, {"steps": done.step, "best_step": done.best_step, "tokens": tokens,
+                    "held_out": done.curve}  # fmt: skip
+
+
+def in_stages(bench: Bench, options: DistillOptions, kept: Path, told) -> tuple[nn.Module, dict]:
+    """Half of what is to go and half of the steps, twice."""
+    half = replace(options, iters=options.iters // 2)
+    stage = Stage(half, pruning=Options(params=bench.kept**0.5))
+    if not kept.exists():
+        run_stages(bench.teacher, [stage] * 2, bench.data, kept, heard=Heard(point=told))
+    report = json.loads((kept / "report.json").read_text())
+    tokens = options.windows * (options.max_seq_length - 1)
+    module = student_of(open_model(kept), options)
+    return module, {"steps": options.iters, "tokens": tokens, "stages": report["stages"]}
 
 
 def writing(bench: Bench, module: nn.Module) -> dict:
@@ -171,7 +198,7 @@ def measured(args, out: Path, say) -> dict:
         for name in args.methods.split(",") if args.methods else METHODS:
             if (name, seed) in known or name == "none" and seed:
                 continue
-            result["rows"].append(trained(bench, name, seed, ratio, place, say))
+            result["rows"].append(recovered(bench, name, seed, ratio, place, say))
             write_report(result, out)
     return result
 
