@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .distill_command import Iters, LearningRate, Loss, distill
+from .distill_command import Iters, LearningRate, Loss, distill, refuse_unused
 from .errors import InputError, exit_on_error
 from .flags import (
     Batch,
@@ -153,6 +153,7 @@ def compress(
             trust=trust_remote_code,
         )  # fmt: skip
     else:
+        refuse_unused(ctx, ("loss", "iters", "learning_rate"), "--methods prune,distill")
         jobs.compress(*given, options, **more, kept=kept, trust=trust_remote_code)
     if places:
         ship.export_model(str(mlx_path), places, EXPORT, data=data, trust=trust_remote_code)

@@ -144,6 +144,11 @@ def distill(
     """
     known = {k: v for k, v in ctx.params.items() if k in DistillOptions.__dataclass_fields__}
     options = DistillOptions(**known)
+    if target_dir is None:
+        refuse_unused(ctx, ("top_k",), "--target-dir")
+    if attribution is None:
+        names = tuple(name for name in known if name.startswith("attribution_"))
+        refuse_unused(ctx, names, "--attribution")
     if targets_only and target_dir is None:
         raise InputError("--targets-only: name the folder to keep them in with --target-dir.")
     if not targets_only and mlx_path is None:
@@ -161,3 +166,10 @@ def distill(
         place = None if targets_only else mlx_path
         more["target_dir"] = target_dir
         training_jobs.distill(teacher, model, place, data, options, **more)
+
+
+def refuse_unused(ctx: typer.Context, names: tuple[str, ...], needs: str) -> None:
+    """Raise `InputError` for an option that was given and does nothing without another."""
+    for name in names:
+        if ctx.get_parameter_source(name).name != "DEFAULT":
+            raise InputError(f"--{name.replace('_', '-')}: does nothing without {needs}.")

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from .bridges.measure import check_memory, evaluate_folders, fit_together
+from .bridges.measure import check_memory, evaluate_folders, fit_together, loaded_bytes
 from .bridges.mlx_lm import LanguageModel, open_model
 from .bridges.students import (
     common_tokens,
@@ -26,7 +27,7 @@ from .distill_text import Live, NextToken, Teacher
 from .errors import InputError
 from .explained import Explainer, Traced
 from .gate import rejected, require_drop
-from .options import DistillOptions
+from .options import DIVERGENCES, DistillOptions, among
 from .plan import PrunePlan
 from .recipe import Planned, save_pruned
 from .report import machine, write_report
@@ -75,15 +76,13 @@ def distill(
     run, `ResourceError` where it would not fit into memory, and `GateFailed` where a loss is not
     finite or more is lost than the gate allows.
     """
-    live_only = {"--attribution": options.attribution, "--on-policy": options.on_policy}
-    for flag, wanted in live_only.items():
-        if target_dir is not None and wanted:
-            raise InputError(f"{flag}: asks the teacher itself; not together with --target-dir.")
+    _check(options, target_dir)
     out, started = Path(out), time.perf_counter()
     work = training_place(out) if work is None else work
     check_free(out)
     if options.max_drop is not None:
         check_free(rejected(out))
+    team.check(options.batch_size)
     asked = _asked(teacher, student, options, data)
     windows = read_windows(student, data, "evaluation", options.measuring, asked.notes)
     _require_memory(teacher, student, options, with_teacher=target_dir is None)
@@ -96,13 +95,14 @@ def distill(
         answers = _cached(teacher, asked, options, target_dir, team, progress)
     objective = NextToken(
         student_of(student, options), answers, asked.train, asked.held_out, options, asked.count,
-        team, _explainer(teacher, options), continued,
+        team, _explainer(teacher, answers, options), continued,
     )  # fmt: skip
     training = train(objective, options, folder, workers=team, told=told, progress=progress)
     team.wait()
     if not team.first:
         return {}
     history = history_of(options, training, objective.judged_by)
+    training.weights, training.optimizer = {}, {}  # the best ones are on disk
     del answers, objective
     mx.clear_cache()
 
@@ -128,9 +128,27 @@ def keep_targets(
     target_dir: Path, *, progress: Progress = silent,
 ) -> list[str]:  # fmt: skip
     """Only ask the teacher, for a later `distill` by the same options; returns notes."""
+    _check(options, target_dir)
     asked = _asked(teacher, student, options, data)
     _cached(teacher, asked, options, target_dir, ALONE, progress)
     return asked.notes
+
+
+def _check(options: DistillOptions, target_dir: Path | None) -> None:
+    """Refuse what does not go together, before the long part."""
+    if options.loss is not None:
+        among("--loss", (options.loss,), DIVERGENCES)
+    live_only = {"--attribution": options.attribution, "--on-policy": options.on_policy}
+    for flag, wanted in live_only.items():
+        if target_dir is not None and wanted:
+            raise InputError(f"{flag}: asks the teacher itself; not together with --target-dir.")
+    if options.on_policy and options.hard_labels == 1:
+        raise InputError("--on-policy: the student's own text has no labels; lower --hard-labels.")
+    if options.attribution == "align" and options.grad_checkpoint:
+        raise InputError(
+            "--attribution align: takes a second derivative, which --grad-checkpoint has none of; "
+            "leave one out."
+        )
 
 
 @dataclass
@@ -149,10 +167,12 @@ def _asked(teacher, student, options: DistillOptions, data) -> _Asked:
     return _Asked(*read_training(data, student.tokenizer(), options, notes), count, notes)
 
 
-def _explainer(teacher: LanguageModel, options: DistillOptions) -> Explainer | None:
+def _explainer(teacher: LanguageModel, live: Live, options: DistillOptions) -> Explainer | None:
     if options.attribution is None:
         return None
-    return Explainer(Traced(explained_teacher(teacher)), options)
+    # The same model where it is float32 already.
+    same = teacher_bytes(teacher) == loaded_bytes(teacher)
+    return Explainer(Traced(live.model if same else explained_teacher(teacher)), options)
 
 
 def _cached(
@@ -206,9 +226,15 @@ def short(*parts: str) -> str:
 def _require_memory(teacher, student, options: DistillOptions, *, with_teacher: bool) -> None:
     window = mx.zeros((1, options.max_seq_length - 1), mx.int32)
     beside = teacher_bytes(teacher) if with_teacher and options.hard_labels < 1 else 0
+    if options.attribution is not None and beside != loaded_bytes(teacher):
+        beside += loaded_bytes(teacher)
+    module, trained = student.module(), None
+    if options.lora_rank:
+        adapted = tree_flatten(student_of(student, options).trainable_parameters())
+        trained = sum(array.size for _, array in adapted)
     require_memory(
-        student.trace(window, dtype=mx.float32), beside, options,
-        machine()["memory_bytes"], layers=len(getattr(student.module(), "layers", ())) or 1,
+        student.trace(window, dtype=mx.float32), beside, options, machine()["memory_bytes"],
+        layers=len(getattr(module, "layers", ())) or 1, trained=trained,
     )  # fmt: skip
 
 

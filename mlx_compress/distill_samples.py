@@ -124,7 +124,8 @@ class Answers:
     @cached_property
     def _fixed(self) -> Weights:
         """What is not trained."""
-        others = [path for path in self.graph.parameters if path not in self.start()]
+        trained = self.start()
+        others = [path for path in self.graph.parameters if path not in trained]
         return dict(self.student.fetch(others))
 
     def _loss(self, batch: Samples, theirs: mx.array, maps, t: float, weights: Weights) -> mx.array:

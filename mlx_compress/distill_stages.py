@@ -15,8 +15,9 @@ is to be kept. What else it says replaces the options of the command for that st
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import yaml
 
@@ -24,13 +25,15 @@ from . import distill_recipe, program_distill_recipe, program_recipe, recipe
 from .bridges.mlx_lm import LanguageModel
 from .checkpoint import check_free
 from .errors import InputError
-from .gate import rejected
+from .gate import Rejected, rejected
 from .options import BUDGETS, DistillOptions, Options, read_target
 from .program_recipe import SavedProgram
 from .report import write_report
 from .stream import Progress, silent
+from .training_state import require_same
 
 Model = LanguageModel | SavedProgram
+STAGES = "stages.json"
 TEACHERS = ("first", "previous")
 
 
@@ -67,8 +70,12 @@ def run_stages(
     `distill_recipe.distill`.
     """
     out, heard = Path(out), heard or Heard()
-    check_free(out)
     work = distill_recipe.training_place(out)
+    if not (out.exists() and work.exists()):  # as a run leaves them that was cut off at the end
+        check_free(out)
+    if stages[-1].options.max_drop is not None:
+        check_free(rejected(out))
+    _require_same(work, teacher, stages, data)
     pruning_road, training_road = roads(teacher)
     previous, rows = teacher, []
     for number, stage in enumerate(stages, start=1):
@@ -79,12 +86,18 @@ def run_stages(
         else:
             student = _student(pruning_road, stage, previous, data, work / f"student-{number}",
                                kept, heard, trust_remote_code)  # fmt: skip
-            _clear(rejected(place), stage)
-            report = training_road.distill(
-                previous if stage.teacher == "previous" else teacher, student, stage.options,
-                data, place, work=work / f"training-{number}", dense=teacher,
-                told=heard.point, on_notes=heard.notes, progress=heard.progress,
-            )  # fmt: skip
+            if place != out:  # a stage that its gate rejected is tried again
+                shutil.rmtree(rejected(place), ignore_errors=True)
+            try:
+                report = training_road.distill(
+                    previous if stage.teacher == "previous" else teacher, student, stage.options,
+                    data, place, work=work / f"training-{number}", dense=teacher,
+                    told=heard.point, on_notes=heard.notes, progress=heard.progress,
+                )  # fmt: skip
+            except Rejected:
+                if place == out:  # what comes out is kept aside, and nothing is left to go on with
+                    shutil.rmtree(work)
+                raise
         rows.append(_row(number, report))
         previous = pruning_road.open_model(place, trust_remote_code=trust_remote_code)
     report["stages"] = rows
@@ -113,10 +126,22 @@ def _student(
     return road.open_model(place)
 
 
-def _clear(aside: Path, stage: Stage) -> None:
-    """A stage that its gate rejected is tried again by the same command."""
-    if stage.options.max_drop is not None and aside.exists():
-        shutil.rmtree(aside)
+def _require_same(work: Path, teacher: Model, stages: list[Stage], data) -> None:
+    """Raise `InputError` where `work` holds stages of something else; else say what it holds."""
+    run = {"--teacher": distill_recipe.identity(teacher.path), "--data": str(Path(data).resolve())}
+    for number, stage in enumerate(stages, start=1):
+        run |= {
+            f"stage {number} {name}": value for name, value in {
+                **distill_recipe.options_of(stage.options), "--teacher": stage.teacher,
+                "--model": stage.model, "pruning": stage.pruning and asdict(stage.pruning),
+            }.items()
+        }  # fmt: skip
+    run, file = json.loads(json.dumps(run)), work / STAGES
+    if file.exists() and len(list(work.iterdir())) > 1:
+        require_same(work, json.loads(file.read_text(encoding="utf8")), run)
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    write_report(run, file)
 
 
 def _row(number: int, report: Mapping) -> dict:
@@ -154,10 +179,12 @@ def read_stages(path: Path, options: DistillOptions, pruning: Options) -> list[S
 
 def _typed(where: str, name: str, value):
     """YAML reads 1e-4 as a word."""
-    kind = type(getattr(DistillOptions(), name))
-    kind = {type(None): float if name == "max_drop" else int}.get(kind, kind)
+    kind = get_type_hints(DistillOptions)[name]
+    kind = next((each for each in get_args(kind) if each is not type(None)), kind)
     try:
         if kind is bool and not isinstance(value, bool):
+            raise ValueError
+        if kind is int and value is not None and int(value) != float(value):
             raise ValueError
         return None if value is None else kind(value)
     except (TypeError, ValueError):
@@ -180,4 +207,8 @@ def _stage(where: str, entries: Mapping, options: DistillOptions, pruning: Optio
     wanted = replace(options, **{name: _typed(where, name, entries[name]) for name in entries})
     if model is not None:
         return Stage(wanted, model=str(model), teacher=teacher)
-    return Stage(wanted, pruning=replace(pruning, **read_target(str(target))), teacher=teacher)
+    pruning = replace(
+        pruning, **read_target(str(target)), batch_size=wanted.batch_size, seed=wanted.seed,
+        max_seq_length=wanted.max_seq_length,
+    )  # fmt: skip
+    return Stage(wanted, pruning=pruning, teacher=teacher)

@@ -75,6 +75,14 @@ class NextToken:
             among("--loss", (self.options.loss,), DIVERGENCES)
         self.traced = Traced(self.student)
         self.workers.check(self.options.batch_size)
+        for text in (self.train, self.held_out):
+            if not text.mask[:, 1:].any():
+                raise InputError(
+                    f"--mask-prompt: no window of the {text.name} text has a token of an answer; "
+                    "give a longer --max-seq-length, or more --val-samples."
+                )
+        trained = tree_flatten(self.student.trainable_parameters())
+        self._start = {path: array.astype(mx.float32) for path, array in trained}
         self.dtype = getattr(mx, self.options.dtype)
         self.student.set_dtype(self.dtype)
         logits = first_array(self.student(mx.zeros((1, 2), mx.int32)))
@@ -88,7 +96,7 @@ class NextToken:
         if 4 * tokens * self.vocabulary <= LOGITS_BYTES:
             return None
         own = head_of(self.student)
-        is_live = isinstance(self.teacher, Live)
+        is_live = isinstance(self.teacher, Live) and self.options.hard_labels < 1
         theirs = self.teacher.split() if own and is_live else None
         if own is None or is_live and theirs is None:
             return None
@@ -100,8 +108,7 @@ class NextToken:
         return "cross_entropy" if self.options.hard_labels == 1 else "divergence"
 
     def start(self) -> Weights:
-        trained = tree_flatten(self.student.trainable_parameters())
-        return {path: array.astype(mx.float32) for path, array in trained}
+        return self._start
 
     def gradients(self, weights: Weights, step: int, t: float) -> tuple[mx.array, Weights]:
         self._set(weights)
@@ -133,8 +140,7 @@ class NextToken:
         """With what the options ask of attributions at this step."""
         if self.options.attribution == "weights":
             on = self.explainer.token_weights(self.train, rows)
-            weights = mx.concatenate([batch.weights[:, :1], batch.weights[:, 1:] * on], axis=1)
-            return batch._replace(weights=weights)
+            return batch._replace(weights=batch.weights * on)
         turn, left = divmod(step, self.options.attribution_every)
         if self.options.attribution != "align" or left:
             return batch

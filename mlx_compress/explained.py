@@ -72,9 +72,13 @@ class Explainer:
         return mx.array(positions_B), mx.array(tokens), mx.array(np.stack(maps)).astype(mx.float32)
 
     def token_weights(self, text: Text, rows: np.ndarray) -> mx.array:
-        """How much all views of a window rest on each of its tokens, [B, T - 1], 1 on average."""
+        """How much all views of a window rest on each of its tokens, [B, T], 1 on average.
+
+        Nothing can rest on the last token, which counts 1.
+        """
         maps = sum(self.view(text, rows, n)[2] for n in range(self.options.attribution_views))
-        return maps / maps.mean(axis=-1, keepdims=True)
+        shares = maps / maps.mean(axis=-1, keepdims=True)
+        return mx.concatenate([shares, mx.ones((len(rows), 1))], axis=1)
 
     def _position(self, row: int, number: int, text: Text) -> int:
         """In the last three quarters, where there is something to rest on."""

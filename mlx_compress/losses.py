@@ -205,14 +205,16 @@ def cross_entropy(student_logits: mx.array, labels: mx.array) -> mx.array:
 
 
 def bucketed(
-    student_logits: mx.array, indices: mx.array, teacher_log_probs: mx.array
-) -> tuple[mx.array, mx.array]:
+    student_logits: mx.array, indices: mx.array, teacher_log_probs: mx.array,
+    rest: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:  # fmt: skip
     """Both distributions over the k tokens that a truncated teacher lists, and one for all others.
 
     `indices` and `teacher_log_probs` are [..., k]: distinct tokens in any order, and the teacher's
-    log-probabilities among all V. Returns float32 log-probabilities [..., k + 1], student first,
-    the others last (-inf where there are none): any loss here takes them as logits. Without the
-    last class a student could move its mass to tokens that are not listed at no cost. At a
+    log-probabilities among all V; `rest` [...] is the logarithm of what they leave over, where it
+    is known better than by their sum. Returns float32 log-probabilities [..., k + 1], student
+    first, the others last (-inf where there are none): any loss here takes them as logits. Without
+    the last class a student could move its mass to tokens that are not listed at no cost. At a
     temperature the others count as one class, since nobody knows how they would spread.
     """
     logits = student_logits.astype(mx.float32)
@@ -225,9 +227,11 @@ def bucketed(
     others = mx.where(others <= LOWEST, -mx.inf, others)
     student = mx.concatenate([mx.take_along_axis(logits, indices, axis=-1), others], axis=-1)
     teacher = teacher_log_probs.astype(mx.float32)
-    rest = 1 - mx.exp(teacher).sum(axis=-1, keepdims=True)
-    rest = mx.where(rest > 0, mx.log(mx.where(rest > 0, rest, 1)), -mx.inf)
-    return student, mx.concatenate([teacher, rest], axis=-1)
+    if rest is None:
+        left = 1 - mx.exp(teacher).sum(axis=-1)
+        rest = mx.where(left > 0, mx.log(mx.where(left > 0, left, 1)), -mx.inf)
+    others = rest.astype(mx.float32)[..., None]
+    return student, mx.concatenate([teacher, others], axis=-1)
 
 
 def masked_mean(per_token: mx.array, mask: mx.array) -> mx.array:

@@ -126,7 +126,8 @@ class DistillOptions:
     Next tokens are compared by the divergence `loss` (reverse KL by default), class scores too
     (forward KL), embeddings by "cosine" (the default) or "mse".
     A step reads `grad_accumulation_steps` batches of `batch_size` windows of `max_seq_length`
-    tokens. The learning rate rises over `warmup` steps, then falls along a cosine to 0 at `iters`.
+    tokens. The learning rate rises over `warmup` steps, at most a
+    tenth of all, then falls along a cosine to 0 at `iters`.
     `hard_labels` is the weight of the text's own next tokens (0 to 1) beside the teacher's; at 1
     no teacher is asked. Gradients are clipped to the global norm `clip`. `val_samples` windows are
     held out; their loss is taken every `steps_per_eval` steps, the weights of the lowest are kept,
@@ -196,9 +197,10 @@ class DistillOptions:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        part = (step - self.warmup) / max(1, self.iters - self.warmup)
+        warmup = min(self.warmup, self.iters // 10)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        part = (step - warmup) / max(1, self.iters - warmup)
         return self.learning_rate * (1 + math.cos(math.pi * part)) / 2
 
     @property

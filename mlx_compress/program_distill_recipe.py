@@ -78,6 +78,7 @@ def distill(
     training = train(objective, options, folder, told=told, progress=progress)
     history = history_of(options, training, objective.judged_by)
     trained = _trained(student.program, folder.best(training))
+    training.weights, training.optimizer = {}, {}
     made = made_from(teacher.path, student.path) | {"distillation": history}
     with new_folder(out) as place:
         verified = {"error_of_the_saved": _saved(trained, student, place)}

@@ -4,11 +4,12 @@
         targets.json              whose they are, of which text, how many windows are done
         train.indices.npy         [N, T - 1, K] tokens, likeliest first
         train.log_probs.npy       [N, T - 1, K] float16, among all of the vocabulary
+        train.rest.npy            [N, T - 1] float16, the logarithm of what they leave over
         held-out...
 
 Files are memory-mapped, so a student reads only its batches, and teacher and student need never be
-in memory together. What the K tokens leave over is the tail: `losses.bucketed` makes one class of
-it. The file names windows as done only once they are written, so a run that was cut off goes on.
+in memory together. Of the rest `losses.bucketed` makes one class. Windows are named as done only
+once they are written, so a run that was cut off goes on.
 """
 
 import contextlib
@@ -96,41 +97,45 @@ class TargetFolder:
         files = {name: self._open(name, "r") for name in self.texts}
 
         def targets(text: Text, rows: np.ndarray, inputs_BT: mx.array) -> tuple[mx.array, ...]:
-            indices, kept = files[text.name]
-            return mx.array(indices[rows].astype(np.int32)), mx.array(kept[rows])
+            indices, kept, rest = (file[rows] for file in files[text.name])
+            return mx.array(indices.astype(np.int32)), mx.array(kept), mx.array(rest)
 
         return targets
 
     def bytes(self) -> int:
         """Of all targets together."""
         tokens = sum(text.tokens[:, 1:].size for text in self.texts.values())
-        return tokens * self.top_k * (np.dtype(np.uint32).itemsize + np.dtype(np.float16).itemsize)
+        return tokens * (self.top_k * (4 + 2) + 2)
 
     def _write(self, model, text: Text, done, batch_size, count, progress) -> None:
         name, total = text.name, len(text.tokens)
         if done[name] == total:
             return
-        indices, kept = self._open(name, "r+" if done[name] else "w+")
+        files = self._open(name, "r+" if done[name] else "w+")
         starts = range(done[name], total, batch_size)
         for number, start in enumerate(starts, start=1):
             rows = slice(start, min(start + batch_size, total))
             logits = first_array(model(mx.array(text.tokens[rows, :-1])))
-            indices[rows], kept[rows] = likeliest(logits[..., :count], self.top_k)
+            for file, found in zip(files, likeliest(logits[..., :count], self.top_k), strict=True):
+                file[rows] = found
             if number % STEP == 0 or rows.stop == total:
-                indices.flush(), kept.flush()
+                for file in files:
+                    file.flush()
                 done[name] = rows.stop
                 write_report(self.about | {"done": done}, self.folder / RECORD)
             progress(f"teacher on {name} text", rows.stop, total)
 
-    def _open(self, name: str, mode: str) -> tuple[np.memmap, np.memmap]:
+    def _open(self, name: str, mode: str) -> tuple[np.memmap, ...]:
         rows, length = self.texts[name].tokens.shape
         shape, stem = (rows, length - 1, self.top_k), name.replace(" ", "-")
-        files = [self.folder / f"{stem}.{kind}.npy" for kind in ("indices", "log_probs")]
+        kinds = {"indices": (np.uint32, shape), "log_probs": (np.float16, shape),
+                 "rest": (np.float16, shape[:-1])}  # fmt: skip
         try:
             return tuple(
-                open_memmap(file, mode, dtype=dtype, shape=shape if mode == "w+" else None)
-                for file, dtype in zip(files, (np.uint32, np.float16), strict=True)
-            )
+                open_memmap(self.folder / f"{stem}.{kind}.npy", mode, dtype=dtype,
+                            shape=size if mode == "w+" else None)
+                for kind, (dtype, size) in kinds.items()
+            )  # fmt: skip
         except (FileNotFoundError, ValueError) as error:
             raise InputError(
                 f"--target-dir {self.folder}: {error}; remove the folder to make it anew."
@@ -158,12 +163,16 @@ class TargetFolder:
         )
 
 
-def likeliest(logits: mx.array, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `top_k` likeliest tokens of logits [..., V], likeliest first, and their
-    log-probabilities among all V."""
+def likeliest(logits: mx.array, top_k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The `top_k` likeliest tokens of logits [..., V], likeliest first, their log-probabilities
+    among all V, and the logarithm of what they leave over [...], -inf for nothing."""
     logs = log_probs(logits)
-    found = mx.argpartition(-logs, top_k - 1, axis=-1)[..., :top_k]
+    order = mx.argpartition(-logs, top_k - 1, axis=-1)
+    found, others = order[..., :top_k], order[..., top_k:]
+    rest = mx.full(logs.shape[:-1], -mx.inf)
+    if others.shape[-1]:
+        rest = mx.logsumexp(mx.take_along_axis(logs, others, axis=-1), axis=-1)
     kept = mx.take_along_axis(logs, found, axis=-1)
     order = mx.argsort(-kept, axis=-1)
     found, kept = (mx.take_along_axis(each, order, axis=-1) for each in (found, kept))
-    return np.array(found), np.array(kept.astype(mx.float16))
+    return np.array(found), np.array(kept.astype(mx.float16)), np.array(rest.astype(mx.float16))

@@ -8,6 +8,7 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_map
 
 from .errors import GateFailed
 from .options import DistillOptions
@@ -39,34 +40,51 @@ def train(
 ) -> Training:  # fmt: skip
     """Train to the end, or until `patience` is over; `folder` then holds the best weights.
 
-    Goes on from what `folder` holds of this run, and keeps the state there at every measurement,
-    as on Ctrl-C. A run depends on seed and step alone: one that was cut off gives the same losses,
+    Goes on from what `folder` holds of this run, and keeps the state there at every measurement and
+    on Ctrl-C. A run depends on seed and step alone: one that was cut off gives the same losses,
     to the bit. `told` hears of each measurement, from before the first step on. Raises `GateFailed`
     where a loss or gradient is not finite. Of several `workers` the first one writes and tells.
     """
 
-    def judge(training: Training) -> None:
-        point = objective.measured(training.weights)
-        better = training.judge(point, point[objective.judged_by])
-        if workers.first:
-            folder.save(training, training.weights if better else None)
-            told(training.curve[-1])
-
-    training = folder.open(workers)
-    if training is None:
-        training = _start(objective.start(), options)
-        judge(training)
+    training = folder.open(workers) or _start(objective.start(), options)
     try:
-        while training.step < options.iters and not _stale(training, options):
+        while True:
+            if _is_due(training, options):
+                training = _judged(objective, training, folder, workers, told)
+            if training.step == options.iters or _stale(training, options):
+                return training
             training = _advanced(objective, training, options, folder)
-            if training.step % options.steps_per_eval == 0 or training.step == options.iters:
-                judge(training)
             progress("distil", training.step, options.iters)
     except KeyboardInterrupt:
-        if workers.first:
+        if workers.first and folder.kept_step() != training.step:
             folder.save(training)
         raise
+
+
+def _is_due(training: Training, options: DistillOptions) -> bool:
+    """Whether it is to be measured, and was not."""
+    measured = bool(training.curve) and training.curve[-1]["step"] == training.step
+    wanted = training.step % options.steps_per_eval == 0 or training.step == options.iters
+    return wanted and not measured
+
+
+def _judged(objective, training: Training, folder: TrainingFolder, workers, told) -> Training:
+    """The run with a measurement, which is kept on disk by then."""
+    point = objective.measured(training.weights)
+    if not all(map(math.isfinite, point.values())):
+        raise _not_finite(f"step {training.step}: what is held out", training, folder)
+    training = training.judged(point, point[objective.judged_by])
+    if workers.first:
+        folder.save(training, training.weights if training.stale == 0 else None)
+        told(training.curve[-1])
     return training
+
+
+def _not_finite(what: str, training: Training, folder: TrainingFolder) -> GateFailed:
+    return GateFailed(
+        f"{what} is not finite; lower --learning-rate or --clip, and remove {folder.folder} to "
+        f"start anew. The best weights so far are those of step {training.best_step} there."
+    )
 
 
 def _start(weights: Weights, options: DistillOptions) -> Training:
@@ -94,13 +112,9 @@ def _advanced(
     loss, grads = objective.gradients(training.weights, training.step, training.taid.t)
     grads, norm = optim.clip_grad_norm(grads, options.clip)
     if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-        raise GateFailed(
-            f"step {training.step + 1}: the loss is not finite; lower --learning-rate "
-            f"{options.learning_rate:g} or --clip {options.clip:g}. The best weights so far are "
-            f"those of step {training.best_step}, in {folder.folder}."
-        )
+        raise _not_finite(f"step {training.step + 1}: the loss", training, folder)
     optimizer = _optimizer(options)
-    optimizer.state = training.optimizer
+    optimizer.state = tree_map(lambda array: array, training.optimizer)  # it is changed in place
     optimizer.learning_rate = options.rate(training.step)
     weights = optimizer.apply_gradients(grads, training.weights)
     mx.eval(weights, optimizer.state)

@@ -45,6 +45,7 @@ def distill(
     if mlx_path is None:
         if road is not distill_recipe:
             raise InputError("--targets-only: a saved program is asked once anyway.")
+        _require_alone("--targets-only")
         with progress_bars() as progress:
             notes = distill_recipe.keep_targets(
                 *models, options, data, target_dir, progress=progress
@@ -68,6 +69,11 @@ def distill(
         _tell_end(report, mlx_path, heard)
 
 
+def _require_alone(what: str) -> None:
+    if workers().count > 1:
+        raise InputError(f"{what}: is for one process; start it without mlx.launch.")
+
+
 def _team(road) -> Workers:
     """This process and its like; all but the first are silent."""
     team = workers()
@@ -81,7 +87,7 @@ def distill_in_stages(
     teacher: str, file: Path, mlx_path: Path, data: Path, options: DistillOptions, *, trust: bool
 ) -> None:  # fmt: skip
     """Several students, one after the other."""
-    check_free(mlx_path)
+    _require_alone("--stages")
     stages = read_stages(file, options, _pruning(options))
     _in_stages(_open(teacher, trust), stages, mlx_path, data, None, trust)
 
@@ -91,7 +97,7 @@ def prune_and_distill(
     *, rounds: int, kept: Path | None, trust: bool,
 ) -> None:  # fmt: skip
     """Prune a part and distil, `rounds` times."""
-    check_free(mlx_path)
+    _require_alone("--methods prune,distill")
     last = training
     first = replace(training, max_drop=None)  # the gate is on what comes out
     part = replace(pruning, **_part(pruning, rounds), max_drop=None)

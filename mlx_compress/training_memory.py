@@ -1,6 +1,7 @@
 """Whether a training run fits into memory, before it begins."""
 
 import math
+from dataclasses import replace
 
 from .distill_text import CHUNK_BYTES, LOGITS_BYTES
 from .errors import ResourceError
@@ -13,17 +14,21 @@ STATES = 4
 LOGITS = 8
 
 
-def training_bytes(student: Graph, options: DistillOptions, *, layers: int = 1) -> tuple[int, int]:
+def training_bytes(
+    student: Graph, options: DistillOptions, *, layers: int = 1, trained: int | None = None
+) -> tuple[int, int]:
     """Bytes that a run needs for the student's weights, and for each window of a batch.
 
-    `student` is its graph at one window. What a pass computes is held for the way back; with
-    `grad_checkpoint`, that of one of the `layers`.
+    `student` is its graph at one window, `trained` the number of parameters that are trained, if
+    not all. What a pass computes is held for the way back; with `grad_checkpoint`, that of one of
+    the `layers`.
     """
-    weights = STATES * sum(_bytes(student, i) for i in student.parameters.values())
+    held = sum(_bytes(student, i) for i in student.parameters.values())
+    weights = STATES * held if trained is None else held + STATES * 4 * trained
     dynamic, logits = dynamic_values(student), student.outputs[0]
     computed = [node for node in student.nodes if node.op not in SHAPE_ONLY]
-    held = {i for node in computed for i in node.outputs if i in dynamic} - {logits}
-    values = sum(_bytes(student, i) for i in held) // (layers if options.grad_checkpoint else 1)
+    ids = {i for node in computed for i in node.outputs if i in dynamic} - {logits}
+    values = sum(_bytes(student, i) for i in ids) // (layers if options.grad_checkpoint else 1)
     if options.batch_size * _bytes(student, logits) > LOGITS_BYTES:  # they are never whole
         return weights + LOGITS * CHUNK_BYTES, values
     return weights, values + LOGITS * _bytes(student, logits)
@@ -34,23 +39,31 @@ def _bytes(graph: Graph, i: int) -> int:
 
 
 def require_memory(
-    student: Graph, teacher_bytes: int, options: DistillOptions, has: int, *, layers: int = 1
-) -> None:
+    student: Graph, teacher_bytes: int, options: DistillOptions, has: int,
+    *, layers: int = 1, trained: int | None = None,
+) -> None:  # fmt: skip
     """Raise `ResourceError` that says what would fit."""
-    fixed, window = training_bytes(student, options, layers=layers)
-    needs = teacher_bytes + fixed + options.batch_size * window
-    if needs <= has:
+
+    def needs(beside: int = teacher_bytes, **changed) -> int:
+        wanted = replace(options, **changed)
+        fixed, window = training_bytes(student, wanted, layers=layers, trained=trained)
+        return beside + fixed + wanted.batch_size * window
+
+    if needs() <= has:
         return
-    rows = math.floor((has - teacher_bytes - fixed) / window)
-    if rows >= 1:
+    rows = next((n for n in range(options.batch_size - 1, 0, -1) if needs(batch_size=n) <= has), 0)
+    if rows:
         remedy = f"--batch-size {rows} would fit"
-    elif fixed + window <= has:
+    elif teacher_bytes and needs(0, batch_size=1) <= has:
         remedy = "without the teacher it would fit: cache what it says with --target-dir"
-    elif not options.grad_checkpoint and layers > 1 and fixed + window // layers <= has:
+        remedy += ", and take --batch-size 1" if needs(0) > has else ""
+    elif layers > 1 and needs(0, batch_size=1, grad_checkpoint=True) <= has:
         remedy = "try --grad-checkpoint"
-    else:
+    elif trained is None:
         remedy = "give a smaller student, --lora-rank, or a shorter --max-seq-length"
+    else:
+        remedy = "give a smaller student, or a shorter --max-seq-length"
     raise ResourceError(
-        f"distilling needs about {needs / 1e9:.1f} GB, this machine has {has / 1e9:.1f} GB; "
+        f"distilling needs about {needs() / 1e9:.1f} GB, this machine has {has / 1e9:.1f} GB; "
         f"{remedy}."
     )

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -45,14 +45,12 @@ class Training:
     best_nats: float = math.inf
     stale: int = 0
 
-    def judge(self, point: dict, nats: float) -> bool:
-        """Take a held-out measurement in; whether it is the best so far."""
-        self.curve.append({"step": self.step, **point})
-        better = nats < self.best_nats
+    def judged(self, point: dict, nats: float) -> "Training":
+        """The run with a held-out measurement; `stale` is 0 where it is the best so far."""
+        curve, better = [*self.curve, {"step": self.step, **point}], nats < self.best_nats
         if better:
-            self.best_step, self.best_nats = self.step, nats
-        self.stale = 0 if better else self.stale + 1
-        return better
+            return replace(self, curve=curve, best_step=self.step, best_nats=nats, stale=0)
+        return replace(self, curve=curve, stale=self.stale + 1)
 
 
 class TrainingFolder:
@@ -86,11 +84,20 @@ class TrainingFolder:
             self._check(held["run"])
             arrays = mx.load(str(self._step_file(held["step"])))
             mx.eval(arrays)
+            if not self._best_file(held["best_step"]).exists():
+                raise ValueError(f"the weights of step {held['best_step']} are missing")
             return _training(held, arrays)
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{file}: damaged ({error}); remove {self.folder}.") from error
+
+    def kept_step(self) -> int | None:
+        """The step that is on disk."""
+        try:
+            return json.loads((self.folder / STATE).read_text(encoding="utf8"))["step"]
+        except (OSError, ValueError, KeyError):
+            return None
 
     def save(self, training: Training, best: Weights | None = None) -> None:
         """Keep the state, and `best` weights where they are new; all or nothing.
@@ -142,13 +149,18 @@ class TrainingFolder:
         return self.folder / f"best-{step}.safetensors"
 
     def _check(self, run: Mapping) -> None:
-        for name in sorted(run.keys() | self.run.keys()):
-            theirs, own = run.get(name), self.run.get(name)
-            if theirs != own:
-                raise InputError(
-                    f"{self.folder}: holds a run with another {name} ({theirs}, now {own}); give "
-                    "what it was started with to go on, or remove the folder to start anew."
-                )
+        require_same(self.folder, run, self.run)
+
+
+def require_same(folder: Path, held: Mapping, own: Mapping) -> None:
+    """Raise `InputError` that names what differs between the run that `folder` holds and this."""
+    for name in sorted(held.keys() | own.keys()):
+        if held.get(name) != own.get(name):
+            raise InputError(
+                f"{folder}: holds a run with another {name} ({held.get(name)}, now "
+                f"{own.get(name)}); give what it was started with to go on, or remove the folder "
+                "to start anew."
+            )
 
 
 def _training(held: dict, arrays: Mapping[str, mx.array]) -> Training:

@@ -3,6 +3,7 @@
 N windows, T tokens in a window.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,13 @@ def _prompt_length(record: str | dict, tokenizer, source: str) -> int:
         messages = [{"role": "user", "content": record["prompt"]}]
     else:
         messages = record["messages"][:-1]
-    return len(tokenizer.apply_chat_template(
-        messages, tools=record.get("tools"), add_generation_prompt=True, return_dict=False
-    ))  # fmt: skip
+    try:
+        return len(tokenizer.apply_chat_template(
+            messages, tools=record.get("tools"), add_generation_prompt=True, return_dict=False
+        ))  # fmt: skip
+    except Exception as error:  # a template is a program: it may raise anything
+        reason = textwrap.shorten(str(error), 90, placeholder=" ...")
+        raise InputError(
+            f"{source}: --mask-prompt: a record without its answer does not pass the chat template "
+            f"({reason}); leave such records out."
+        ) from error

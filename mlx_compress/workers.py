@@ -100,8 +100,10 @@ def told_when_lost(team: Workers, advice: str) -> Iterator[None]:
         os._exit(ResourceError.exit_code)
 
     def watch() -> None:
-        if signal.SIGTERM in os.read(read, 1):
-            end("")
+        while said := os.read(read, 1):
+            if signal.SIGTERM in said:
+                end("")
+        os.close(read)
 
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -115,5 +117,4 @@ def told_when_lost(team: Workers, advice: str) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(descriptor)
         signal.signal(signal.SIGTERM, before)
-        os.write(write, b"\0")
         os.close(write)

@@ -151,3 +151,18 @@ def test_targets_need_a_folder_and_training_a_place(call, student, tmp_path):
     command = [str(word) for word in arguments(student, tmp_path / "out")]
     at = command.index("--mlx-path")
     refused(call(*command[:at], *command[at + 2 :]), "--mlx-path: name the folder to write")
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (("--top-k", 3), "--top-k: does nothing without --target-dir"),
+        (("--attribution-every", 3), "--attribution-every: does nothing without --attribution"),
+        (("--loss", "cosine"), "--loss cosine: unknown"),
+        (("--attribution", "align", "--target-dir", "t"), "--attribution: asks the teacher itself"),
+        (("--attribution", "align", "--grad-checkpoint"), "leave one out"),
+        (("--on-policy", 0.5, "--hard-labels", 1), "--on-policy: the student's own text has no"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_at_once(call, student, tmp_path, more, words):
+    refused(call(*arguments(student, tmp_path / "out"), *more), words)

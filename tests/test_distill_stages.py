@@ -23,9 +23,13 @@ def read(tmp_path, text):
 
 
 def test_a_stage_says_its_student_and_what_differs_from_the_command(tmp_path):
-    text = "- {target: params=0.7, learning-rate: 1e-4}\n- {model: M, teacher: previous, iters: 9}"
+    text = (
+        "- {target: params=0.7, learning-rate: 1e-4, loss: js, batch-size: 2}\n"
+        "- {model: M, teacher: previous, iters: 9}"
+    )
     first, second = read(tmp_path, text)
-    assert first == Stage(DistillOptions(iters=7, learning_rate=1e-4), pruning=Options(params=0.7))
+    changed = DistillOptions(iters=7, learning_rate=1e-4, loss="js", batch_size=2)
+    assert first == Stage(changed, pruning=Options(params=0.7, batch_size=2))
     assert second == Stage(DistillOptions(iters=9), model="M", teacher="previous")
 
 
@@ -41,6 +45,8 @@ def test_a_stage_says_its_student_and_what_differs_from_the_command(tmp_path):
         ("- {model: M, teacher: previous}", "stage 1: teacher: previous, but there is none"),
         ("- {model: M, steps: 3}", "'steps' is no option here; known: "),
         ("- {model: M, iters: many}", "iters: many: is no int"),
+        ("- {model: M, iters: 1.9}", "iters: 1.9: is no int"),
+        ("- {model: M, loss: far}", "--loss far: unknown"),
         ("- {model: M, mask-prompt: 1}", "mask_prompt: 1: is no bool"),
         ("- {target: half}", "--target half: write it as params=0.75"),
     ],
@@ -73,6 +79,8 @@ def test_pruning_and_distilling_twice_leaves_what_was_asked_for(call, tmp_path, 
     code, _, err = compress(call, out, "prune,distill,prune,distill")
     assert code and "the same command goes on from there" in err.replace("\n", " ")
     assert (training_place(out) / "stage-1").exists() and not out.exists()
+    other = compress(call, out, "prune,distill,prune,distill", "--loss", "js")
+    refused(other, "another stage 1 --loss (None, now js)", "remove the folder")
     code, text, err = compress(call, out, "prune,distill,prune,distill")
     assert code == 0, err
     assert ran == [training_place(out) / "stage-1", "stopped", out]  # the first one only once
@@ -102,6 +110,8 @@ def test_a_model_that_the_gate_rejects_is_kept_aside_with_its_table(call, tmp_pa
     result = compress(call, out, "prune,distill", "--max-drop", 0.001)
     refused(result, "--max-drop 0.001 is allowed", "train longer (--iters)", code=3)
     assert (tmp_path / "out.rejected" / "report.json").exists() and not out.exists()
+    assert not training_place(out).exists()
+    refused(compress(call, out, "prune,distill", "--max-drop", 9), "out.rejected: exists already")
     assert "compressed" in result[1]
 
 

@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_compress.bridges.students import continued
 
+from mlx_compress import training, training_state
 from mlx_compress.distill_text import Live, NextToken
 from mlx_compress.errors import GateFailed, InputError
 from mlx_compress.explained import Traced
@@ -128,11 +131,59 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_best_weight
     student, teacher = build(LLAMA, 1), build(LLAMA, 0)
     before = parameters(student)
     options = DistillOptions(**{**QUICK, "steps_per_eval": 9})
-    text = "step 3: the loss is not finite; lower --learning-rate .* those of step 0, in "
+    text = "step 3: the loss is not finite; lower --learning-rate .*, and remove .* of step 0 there"
     with pytest.raises(GateFailed, match=text):
         # Three calls are of the evaluation.
         distil(student, breaking(teacher, 6), TEXT, HELD, options, folder)
     same(folder.best(folder.open()), before)
+
+
+def test_held_out_text_of_no_finite_loss_stops_the_run_too(folder):
+    student, teacher = build(LLAMA, 1), build(LLAMA, 0)
+    with pytest.raises(GateFailed, match="step 0: what is held out is not finite"):
+        distil(student, breaking(teacher, 1), TEXT, HELD, DistillOptions(**QUICK), folder)
+
+
+@pytest.mark.parametrize("place", ["measuring", "best", "state", "tidying", "update"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_ctrl_c_loses_no_measurement_and_no_best_weights(place, count, tmp_path, monkeypatch):
+    teacher, options = Live(build(LLAMA, 0)), DistillOptions(**QUICK)
+    whole, cut = (TrainingFolder(tmp_path / name, {}) for name in ("whole", "cut"))
+    expected = distil(build(LLAMA, 1), teacher, TEXT, HELD, options, whole)
+    where, name = {
+        "measuring": (NextToken, "measured"), "best": (training_state, "_write"),
+        "state": (training_state, "write_report"), "tidying": (Path, "unlink"),
+        "update": (training.optim.AdamW, "apply_gradients"),
+    }[place]  # fmt: skip
+    original, calls = getattr(where, name), []
+
+    def interrupted(*arguments, **named):
+        calls.append(1)
+        done = original(*arguments, **named) if place == "update" else None
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return done if place == "update" else original(*arguments, **named)
+
+    monkeypatch.setattr(where, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distil(build(LLAMA, 1), teacher, TEXT, HELD, options, cut)
+    monkeypatch.undo()
+    got = distil(build(LLAMA, 1), teacher, TEXT, HELD, options, cut)
+    assert got.losses == expected.losses and got.curve == expected.curve
+    same(cut.best(got), whole.best(expected))
+
+
+def test_a_student_in_half_precision_begins_at_what_is_on_disk(folder):
+    student, teacher = build(LLAMA, 1), build(LLAMA, 0)
+    before = parameters(build(LLAMA, 1))
+    options = DistillOptions(dtype="bfloat16", **QUICK)
+    same(NextToken(student, Live(teacher), TEXT, HELD, options).start(), before)
+
+
+def test_text_without_an_answer_is_refused():
+    nothing = Text("held out", TOKENS, np.zeros(TOKENS.shape, bool))
+    with pytest.raises(InputError, match="no window of the held out text has a token of an answer"):
+        NextToken(build(LLAMA), Live(build(LLAMA)), TEXT, nothing, DistillOptions())
 
 
 @pytest.mark.parametrize("step", range(1, 12, 3))

@@ -49,6 +49,12 @@ def test_what_would_fit_is_said(teacher, has, words):
     require_memory(graph(), 0, OPTIONS, fixed + 4 * window)
 
 
+def test_adapters_are_little_to_train():
+    held = sum(array.nbytes for array in parameters(build(WIDE)).values())
+    fixed, _ = training_bytes(graph(), OPTIONS, trained=100)
+    assert fixed == held + 4 * 4 * 100
+
+
 def test_logits_that_are_never_whole_do_not_count(monkeypatch):
     from mlx_compress import training_memory
 

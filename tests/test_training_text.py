@@ -89,3 +89,18 @@ def test_running_text_has_no_prompts_to_mask(tmp_path):
     (tmp_path / "test.txt").write_text("a" * 200)
     with pytest.raises(InputError, match="--mask-prompt needs records of prompt and completion"):
         read(tmp_path, mask_prompt=True)
+
+
+def test_a_record_that_is_nothing_but_an_answer_is_named(tmp_path, monkeypatch):
+    record = {"messages": [{"role": "assistant", "content": "XY"}]}
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(record) + "\n") * 30)
+
+    def template(self, messages, **options):
+        if not messages:
+            raise ValueError("an empty conversation")
+        return list(b"XY")
+
+    monkeypatch.setattr(Letters, "apply_chat_template", template)
+    with pytest.raises(InputError, match="without its answer does not pass the chat template"):
+        read(tmp_path, mask_prompt=True)
