@@ -152,6 +152,7 @@ def _row(number: int, report: Mapping) -> dict:
     return {
         "stage": number,
         "parameters": last["parameters"],
+        "judged_by": judged,
         "before": by_step[0],
         "after": by_step[done["best_step"]],
         "loss": last.get("nats_per_token", last.get("loss")),

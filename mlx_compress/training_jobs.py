@@ -174,10 +174,10 @@ def _tell_point(point: dict) -> None:
 
 def _stages_table(rows: list[dict]):
     """What each stage brought."""
-    shown = table("stage", "parameters", "held out before", "after", "measured loss", "s")
+    shown = table("stage", "parameters", "held out", "before", "after", "measured loss", "s")
     for row in rows:
         shown.add_row(
-            str(row["stage"]), f"{row['parameters']:,}", f"{row['before']:.4f}",
+            str(row["stage"]), f"{row['parameters']:,}", row["judged_by"], f"{row['before']:.4f}",
             f"{row['after']:.4f}", f"{row['loss']:.4f}", f"{row['seconds']:.0f}",
         )  # fmt: skip
     return shown
