@@ -13,7 +13,7 @@ what it says to disk, then the student alone reading that. On the CPU, where pac
     tokens/s = F / (2 P_teacher + 6 P_student)
 
 with F the floating-point operations a second of a forward pass; from disk the teacher's term is
-left out. The formula is shown beside what was measured.
+left out.
 """
 
 import argparse

@@ -8,8 +8,9 @@ from .errors import ResourceError
 from .graph import SHAPE_ONLY, Graph, dynamic_values
 from .options import DistillOptions
 
-# Of a parameter that is trained, in float32: the weight, its gradient, two moments of AdamW.
-STATES = 4
+# Of a parameter that is trained, in float32: its gradient, and before and after an update the
+# weight and two moments of AdamW.
+STATES = 7
 # Arrays as large as the logits: the student's and the teacher's, and what their loss makes of them.
 LOGITS = 8
 

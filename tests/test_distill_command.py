@@ -117,7 +117,7 @@ def test_a_place_that_is_taken_is_refused(call, student, tmp_path):
 def test_too_little_memory_is_said_with_what_would_fit(call, student, tmp_path, monkeypatch):
     from mlx_compress import distill_recipe
 
-    small = report.machine() | {"memory_bytes": 75_000_000}
+    small = report.machine() | {"memory_bytes": 100_000_000}
     monkeypatch.setattr(distill_recipe, "machine", lambda: small)
     result = call(*arguments(student, tmp_path / "out"), "--batch-size", 64)
     refused(result, "distilling needs about", "--batch-size", "would fit", code=4)

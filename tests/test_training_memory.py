@@ -6,7 +6,7 @@ from mlx_compress.explained import Traced
 from mlx_compress.graph import trace
 from mlx_compress.options import DistillOptions
 from mlx_compress.token_loss import Batch, gradients
-from mlx_compress.training_memory import require_memory, training_bytes
+from mlx_compress.training_memory import STATES, require_memory, training_bytes
 from tiny import LLAMA, build, parameters
 
 WIDE = LLAMA | {"hidden_size": 64, "intermediate_size": 160, "head_dim": 16}
@@ -28,7 +28,7 @@ def test_what_is_said_to_be_needed_is_somewhat_more_than_what_a_step_takes():
     took = mx.get_peak_memory() - before
     fixed, window = training_bytes(graph(), OPTIONS)
     weights = sum(array.nbytes for array in parameters(student).values())
-    assert fixed == 4 * weights
+    assert fixed == STATES * weights
     assert took <= weights + 4 * window <= 3 * took
 
 
@@ -52,7 +52,7 @@ def test_what_would_fit_is_said(teacher, has, words):
 def test_adapters_are_little_to_train():
     held = sum(array.nbytes for array in parameters(build(WIDE)).values())
     fixed, _ = training_bytes(graph(), OPTIONS, trained=100)
-    assert fixed == held + 4 * 4 * 100
+    assert fixed == held + STATES * 4 * 100
 
 
 def test_logits_that_are_never_whole_do_not_count(monkeypatch):
