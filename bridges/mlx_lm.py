@@ -154,10 +154,6 @@ def read_config(path: Path) -> dict:
 
 def trace_logits(module: nn.Module, tokens: mx.array, *, dtype=None) -> Graph:
     """Trace a language model to its logits; some return more than those."""
-
-    def first(out):
-        return out if isinstance(out, mx.array) else first(out[0])
-
     graph = trace(module, tokens, dtype=dtype)
     logits = graph.outputs[0]
     return graph if len(graph.outputs) == 1 else dataclasses.replace(graph, outputs=(logits,))

@@ -39,8 +39,7 @@ def attribution(
     token up in a table.
     """
     value = embedded(graph)
-    found, taps = run(graph, inputs, weights, taps=(value,))
-    del found
+    _, taps = run(graph, inputs, weights, taps=(value,))
     embeddings = taps[value]
 
     def total(moved: mx.array, share: float) -> mx.array:
@@ -57,11 +56,9 @@ def embedded(graph: Graph) -> int:
     """The id of what the first input's tokens are looked up to, [B, T, D]."""
     tables, tokens = set(graph.parameters.values()), {graph.inputs[0]}
     for node in graph.nodes:
-        if node.op == "AsType" or node.op in SHAPE_ONLY or node.op == "QuantizedMatmul":
-            if node.inputs[0] in tables:
-                tables.add(node.outputs[0])
-        if node.op in {"AsType"} | SHAPE_ONLY and node.inputs[0] in tokens:
-            tokens.add(node.outputs[0])
+        if node.op == "AsType" or node.op in SHAPE_ONLY:
+            for same in (tables, tokens):
+                same.update(node.outputs if node.inputs[0] in same else ())
         if node.op == "Gather" and node.inputs[0] in tables and node.inputs[1] in tokens:
             return _shaped(graph, node.outputs[0], graph.values[graph.inputs[0]].shape)
     raise InputError("attribution: the model looks no token up in a table; leave it out.")

@@ -23,7 +23,8 @@ from .training_text import Text
 from .workers import ALONE, Workers
 
 # What the teacher says of the next tokens of some windows of a text, given their tokens [B, T - 1]:
-# logits [B, T - 1, V], or the likeliest k tokens and their log-probabilities [B, T - 1, k].
+# logits [B, T - 1, V], or hidden states where its head is taken off, or the likeliest k tokens,
+# their log-probabilities [B, T - 1, k], and that of all others [B, T - 1].
 Teacher = Callable[[Text, np.ndarray, mx.array], tuple[mx.array, ...]]
 # The prompts [B, P] with so many tokens behind them that a model samples by a key.
 Write = Callable[[nn.Module, mx.array, int, mx.array], mx.array]

@@ -13,7 +13,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 PROBE = (1, 2)  # the shape of the tokens that a head is tried on
-METHODS = ("as_linear", "__call__")  # of a table that the head shares, and of a layer of its own
 
 
 @dataclass
@@ -79,22 +78,19 @@ def head_of(module: nn.Module) -> Head | None:
     tokens = mx.zeros(PROBE, mx.int32)
     logits = first_array(module(tokens))
     for _, layer in reversed(module.named_modules()):
-        for method in METHODS:
-            if not _could_be(layer, method, logits.shape[-1]):
-                continue
-            head = Head(module, layer, method)
-            if _is_last(head, tokens, logits):
-                return head
-            head.put_back()
+        if not _could_be(layer, logits.shape[-1]):
+            continue
+        # A table that the head shares, or a layer of its own.
+        head = Head(module, layer, "as_linear" if hasattr(layer, "as_linear") else "__call__")
+        if _is_last(head, tokens, logits):
+            return head
+        head.put_back()
     return None
 
 
-def _could_be(layer: nn.Module, method: str, vocabulary: int) -> bool:
+def _could_be(layer: nn.Module, vocabulary: int) -> bool:
     weight = layer.get("weight")
-    matrix = isinstance(weight, mx.array) and weight.ndim == 2 and len(weight) == vocabulary
-    return matrix and (hasattr(layer, "as_linear") or method == "__call__") and (
-        (method == "as_linear") == hasattr(layer, "as_linear")
-    )  # fmt: skip
+    return isinstance(weight, mx.array) and weight.ndim == 2 and len(weight) == vocabulary
 
 
 def _is_last(head: Head, tokens: mx.array, logits: mx.array) -> bool:

@@ -180,8 +180,8 @@ def save_pruned(
     """Refit, write and prove the pruned checkpoint; returns what `compression.json` records.
 
     `fetch` gives the weights where they are not those of the model's folder. `finish(folder)` may
-    measure the proven folder and returns metrics to record; when it raises,
-    nothing is left at `out`.
+    measure the proven folder and returns metrics to record; when it raises, nothing is left at
+    `out`.
     """
     named = inspect(model)
     fit(planned)
