@@ -88,15 +88,16 @@ def told_when_lost(team: Workers, advice: str) -> Iterator[None]:
     """End with one line and exit code 4 when another process is lost.
 
     The exchange fails then, or waits for ever until `mlx.launch` asks this process to end; Python's
-    own handlers would wait with it.
+    own handlers would wait with it. Each process that is left says so, since the first may be the
+    one that was lost.
     """
     if team.count == 1:
         yield
         return
 
     def end(reason: str) -> None:
-        if team.first:
-            print(f"error: {LOST}{reason}; {advice}", file=sys.stderr, flush=True)
+        who = f"process {team.rank + 1} of {team.count}"
+        print(f"error: {who}: {LOST}{reason}; {advice}", file=sys.stderr, flush=True)
         os._exit(ResourceError.exit_code)
 
     def watch() -> None:

@@ -16,7 +16,12 @@ from mlx_compress.errors import InputError
 from mlx_compress.workers import ALONE, Workers
 from test_distill_command import BOOKS, TEACHER, arguments, student  # noqa: F401
 
-PROGRAM = "import sys; from mlx_compress.cli import main; sys.argv[0] = 'compress'; main()"
+PROGRAM = """import os, pathlib, sys
+pathlib.Path(__file__).with_name("rank-" + os.environ["MLX_RANK"]).write_text(str(os.getpid()))
+from mlx_compress.cli import main
+sys.argv[0] = "compress"
+main()
+"""
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
 
 
@@ -62,19 +67,17 @@ def test_two_processes_train_as_one_does(call, student, tmp_path):  # noqa: F811
 
 
 @pytest.mark.timeout(300)
-def test_a_lost_process_ends_the_run_with_a_line_and_its_state(call, student, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_run_with_a_line_and_its_state(call, student, tmp_path, lost):  # noqa: F811
     out = tmp_path / "out"
     command = (*arguments(student, out), "--iters", 10_000)
     both = launched(tmp_path, *command)
     until = time.time() + 120
     while not (training_place(out) / "step-4.safetensors").exists() and time.time() < until:
         time.sleep(0.2)
-    found = subprocess.run(
-        ["pgrep", "-f", str(tmp_path / "program.py")], capture_output=True, text=True
-    )
-    workers = [int(pid) for pid in found.stdout.split() if int(pid) != both.pid]
-    os.kill(max(workers), signal.SIGKILL)
+    os.kill(int((tmp_path / f"rank-{lost}").read_text()), signal.SIGKILL)
     said, _ = both.communicate(timeout=120)
     line = [line for line in said.splitlines() if "error:" in line]
-    assert len(line) == 1 and "was lost" in line[0] and str(training_place(out)) in line[0], said
+    assert len(line) == 1 and str(training_place(out)) in line[0], said
+    assert f"process {2 - lost} of 2: another process of this run was lost" in line[0]
     assert (training_place(out) / "state.json").exists() and not out.exists()
