@@ -41,15 +41,15 @@ from ..training_state import TrainingFolder
 from ..training_text import Text, read_training
 
 RESULTS = Path(__file__).parent / "results"
-PLAIN, STAGES = "fine-tuning", "reverse-kl, two stages"
+PLAIN, STAGES = "fine-tuning", "reverse-kl + two stages"
 METHODS: dict[str, dict] = {
     "none": {},
     PLAIN: {"hard_labels": 1.0},
     **{name: {"loss": name} for name in DIVERGENCES},
-    "reverse-kl, half hard labels": {"loss": "reverse-kl", "hard_labels": 0.5},
+    "reverse-kl + half hard labels": {"loss": "reverse-kl", "hard_labels": 0.5},
     STAGES: {"loss": "reverse-kl"},
-    "reverse-kl, attribution aligned": {"loss": "reverse-kl", "attribution": "align"},
-    "reverse-kl, attribution as weights": {"loss": "reverse-kl", "attribution": "weights"},
+    "reverse-kl + attribution aligned": {"loss": "reverse-kl", "attribution": "align"},
+    "reverse-kl + attribution as weights": {"loss": "reverse-kl", "attribution": "weights"},
 }
 TIMED = 5  # steps
 PROMPT, WRITTEN, GRAM = 16, 64, 4  # tokens
