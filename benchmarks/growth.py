@@ -6,7 +6,7 @@ Random Llamas with the shape of 1B and 2 to 16 layers, float16 on disk. Each ste
 process: a first question (statistics of all kinds are collected and kept, a plan made by Taylor
 scores), a second one (another ratio, from the statistics on disk), and the whole job with the
 refit, saved and proven. Times are seconds of CPU, of all cores together, which other work on the
-machine disturbs least. A JSON and a plot come out.
+machine disturbs least. A JSON and a plot come out; what the JSON has already is not measured again.
 """
 
 import argparse
@@ -114,6 +114,10 @@ def plot(rows: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+def _known(file: Path) -> list[dict]:
+    return json.loads(file.read_text())["rows"] if file.exists() else []
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", default="2,4,8,16")
@@ -127,10 +131,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.step:
         print(json.dumps(step(args.step, args.folder, Size(**json.loads(args.size)))))
         return
-    console, rows = Console(width=120), []
+    console, rows = Console(width=120), _known(args.out)
     for layers in map(int, args.layers.split(",")):
+        if any(row["layers"] == layers for row in rows):
+            continue
         row = measure(replace(Size(), layers=layers, refit=1), tuple(args.steps.split(",")))
-        rows.append(row)
+        rows = sorted([*rows, row], key=lambda each: each["layers"])
         write_report({**machine(), "size": asdict(Size()), "rows": rows}, args.out)
         console.print(f"{layers} layers: first {row['first']['seconds']:.0f} s")
     console.print(table(rows))

@@ -188,9 +188,8 @@ class Calibration:
         """How a plan cuts, refitted by the statistics at hand if the options say so."""
         if not self.options.refit or not any(d.name in plan.cuts for d in dims):
             return pruner(self.named, plan)
-        return refit(
-            self.named, plan, self.statistics(dims), **({"lambdas": USUAL} if quick else {})
-        )
+        how = {"lambdas": USUAL} if quick else {"hold": True}
+        return refit(self.named, plan, self.statistics(dims), **how)
 
     def losses(self, plan: PrunePlan, cut: Cutter, samples: Samples) -> np.ndarray:
         """The loss of each of `samples` after a plan."""

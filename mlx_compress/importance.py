@@ -152,7 +152,7 @@ def read_matrices(sources: Sources, place: Contraction) -> tuple[np.ndarray, np.
     array = sources.fetch([path])[path].astype(mx.float32)
     check_parameter(path, array)
     weights, each = as_matrices(array, place, sources.statistics.second[place.second_key])
-    return weights, each.sum(axis=1)
+    return weights, each.sum(axis=1, dtype=np.float64)
 
 
 def by_expert(named: NamedAxes, dim: Dimension, place: Contraction) -> bool:

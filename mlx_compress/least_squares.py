@@ -19,6 +19,7 @@ from .second import Window, patches
 
 LAMBDAS = (1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # times the mean of the diagonal of X^T X
 MIXTURES = 256
+WIDE = 2**11  # slots; beyond them float32 is enough to tell a lambda from ten times as much
 
 
 @dataclass
@@ -76,8 +77,15 @@ class Sums:
 
 
 def solution(square: np.ndarray, cross: np.ndarray, ridge: np.ndarray) -> np.ndarray:
-    """D of X^T X [n, n], X^T E [n, m] and what is added to the diagonal [n]."""
-    return np.linalg.solve(square + np.diag(ridge), cross)
+    """D of X^T X [n, n], X^T E [n, m] and what is added to the diagonal [n], in their dtype."""
+    from scipy.linalg import LinAlgError, cho_factor, cho_solve
+
+    whole = square + np.diag(ridge.astype(square.dtype))
+    try:
+        # It is symmetric: transposed, LAPACK takes it as it lies in memory.
+        return cho_solve(cho_factor(whole.T, check_finite=False), cross, check_finite=False)
+    except LinAlgError:  # sums were rounded, and lambda does not make up for it
+        return np.linalg.solve(whole, cross)
 
 
 def judged_errors(
@@ -89,10 +97,12 @@ def judged_errors(
     Both are (X^T X, X^T E). Beyond `MIXTURES` outputs, that many random mixtures of them stand for
     all: the expected square of a mixture is the sum of squares, and the lambdas share the mixtures.
     """
-    square, cross = judged
-    own = fitted[1]
+    (square, cross), (own_square, own) = judged, fitted
     if own.shape[1] > MIXTURES:
         mixed = np.random.default_rng(0).standard_normal((own.shape[1], MIXTURES))
         own, cross = (each @ (mixed / MIXTURES**0.5) for each in (own, cross))
-    changes = (solution(fitted[0], own, ridge(lam)) for lam in lambdas)
+    if len(square) > WIDE:
+        parts = (square, cross, own_square, own)
+        square, cross, own_square, own = (part.astype(np.float32) for part in parts)
+    changes = (solution(own_square, own, ridge(lam)) for lam in lambdas)
     return [float(np.sum(change * (square @ change - 2 * cross))) for change in changes]

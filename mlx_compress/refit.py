@@ -16,9 +16,8 @@ the old weights rather than near zero makes a layer that loses nothing stay as i
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
 
 import mlx.core as mx
 import numpy as np
@@ -40,7 +39,7 @@ class Refit:
     """Cuts parameters as a plan says, refitting those that read what is removed.
 
     A `prune.Cutter`. `chosen` maps a parameter to its lambda once it was cut, `left` those that
-    are cut plainly to the reason.
+    are cut plainly to the reason. What was fitted is fitted once, and `held`; with None, each time.
     """
 
     named: NamedAxes
@@ -50,9 +49,11 @@ class Refit:
     lambdas: tuple[float, ...] = LAMBDAS
     chosen: dict[str, float] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
-    _found: dict[str, list[float]] = field(default_factory=dict)  # for each expert
+    held: dict[str, mx.array] | None = None
 
     def __call__(self, path: str, array: mx.array) -> mx.array:
+        if self.held is not None and path in self.held:
+            return self.held[path].astype(array.dtype)
         cuts = picks(self.named, self.plan, path)
         place = self.places.get(path)
         own = [pick for pick in cuts if place and pick.axis == place.weight[1]]
@@ -62,11 +63,12 @@ class Refit:
         if halves is None:
             self.left[path] = "its inputs were not measured"
             return prune_array(array, cuts)
-        found = self._found.get(path)
-        choices = repeat(self.lambdas) if found is None else [(lam,) for lam in found]
-        fitted, self._found[path] = _refitted(array, place, own[0], halves, choices)
-        self.chosen[path] = max(self._found[path])
-        return prune_array(fitted, [pick for pick in cuts if pick is not own[0]])
+        fitted, self.chosen[path] = _refitted(array, place, own[0], halves, self.lambdas)
+        fitted = prune_array(fitted, [pick for pick in cuts if pick is not own[0]])
+        if self.held is not None:
+            mx.eval(fitted)
+            self.held[path] = fitted
+        return fitted
 
 
 @dataclass
@@ -90,9 +92,12 @@ class Fitted:
 
 def refit(
     named: NamedAxes, plan: PrunePlan, statistics: Statistics,
-    *, lambdas: tuple[float, ...] = LAMBDAS,
+    *, lambdas: tuple[float, ...] = LAMBDAS, hold: bool = False,
 ) -> Refit:  # fmt: skip
-    """The cutter for a plan, from second moments at the contractions that it touches."""
+    """The cutter for a plan, from second moments at the contractions that it touches.
+
+    `hold` is for one that is asked several times: fitted weights stay in memory, in their dtype.
+    """
     places: dict[str, Contraction] = {}
     shared: set[str] = set()
     for place in contractions(named):
@@ -101,16 +106,14 @@ def refit(
             shared |= {path} if path in places else set()
             places[path] = place
     own = {path: place for path, place in places.items() if path not in shared}
-    return Refit(named, plan, statistics, own, lambdas)
+    return Refit(named, plan, statistics, own, lambdas, held={} if hold else None)
 
 
 def _refitted(
-    array: mx.array, place: Contraction, pick: Pick, halves, choices: Iterable[tuple[float, ...]]
-) -> tuple[mx.array, list[float]]:
-    """The kept slots of a weight, in its own layout and dtype, and each expert's lambda.
-
-    `choices` are the lambdas to choose from, for each expert.
-    """
+    array: mx.array, place: Contraction, pick: Pick, halves, lambdas: tuple[float, ...]
+) -> tuple[mx.array, float]:
+    """The kept slots of a weight, in its own layout and dtype, and lambda: the largest of its
+    experts'."""
     weights, each = as_matrices(array, place, halves)
     shape = [array.shape[k] for k in place.layout]
     ends = (place.leading, place.leading + place.contracted)
@@ -118,12 +121,12 @@ def _refitted(
     rows = np.broadcast_to(pick.slots, (len(weights), pick.slots.shape[-1]))
     fits = [
         fit_kept(weight, moments, with_patches(keep, inner), lambdas)
-        for weight, moments, keep, lambdas in zip(weights, each, rows, choices, strict=False)
+        for weight, moments, keep in zip(weights, each, rows, strict=True)
     ]
     kept = np.stack([fitted for fitted, _ in fits])
     kept = kept.reshape(*lead, *inner[:-1], rows.shape[1], *rest)
     kept = kept.transpose(np.argsort(place.layout))
-    return mx.array(kept.astype(np.float32)).astype(array.dtype), [lam for _, lam in fits]
+    return mx.array(kept.astype(np.float32)).astype(array.dtype), max(lam for _, lam in fits)
 
 
 def with_patches(keep: np.ndarray, inner: Sequence[int]) -> np.ndarray:
@@ -141,15 +144,20 @@ def fit_kept(
     gone = np.setdiff1d(np.arange(len(weight)), keep)
     if not len(gone):
         return weight, 0.0
-    parts = [(h[np.ix_(keep, keep)], h[np.ix_(keep, gone)] @ weight[gone]) for h in halves]
+    parts = [
+        (h[np.ix_(keep, keep)].astype(np.float64), h[np.ix_(keep, gone)] @ weight[gone])
+        for h in halves
+    ]
+    ridges = [_ridge(h, len(keep)) for h in halves]
     lam = lambdas[0]
     if len(lambdas) > 1:
-        errors = judged_errors(*parts, lambda each: _ridge(halves[0], len(keep), each), lambdas)
+        errors = judged_errors(*parts, lambda each: each * ridges[0], lambdas)
         lam = lambdas[int(np.argmin(errors))]
     square, cross = (first + second for first, second in zip(*parts, strict=True))
-    change = solution(square, cross, _ridge(halves[0] + halves[1], len(keep), lam))
+    change = solution(square, cross, lam * (ridges[0] + ridges[1]))
     return weight[keep] + change, lam
 
 
-def _ridge(moments: np.ndarray, kept: int, lam: float) -> np.ndarray:
-    return np.full(kept, lam * max(np.trace(moments) / len(moments), 1e-30))
+def _ridge(moments: np.ndarray, kept: int) -> np.ndarray:
+    """The mean of the diagonal, as often as slots are kept."""
+    return np.full(kept, max(np.trace(moments, dtype=np.float64) / len(moments), 1e-30))

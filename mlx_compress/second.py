@@ -168,7 +168,8 @@ def _halves(x: mx.array) -> np.ndarray:
 
 
 def as_matrices(array: mx.array, place, halves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A weight as its contraction reads it: float64 [e, n, m], and its moments [e, 2, n, n].
+    """A weight as its contraction reads it, float64 [e, n, m], and its moments as they are held,
+    [e, 2, n, n].
 
     `e` counts experts, 1 without; `n` counts slots at all positions of a patch.
     """
@@ -176,5 +177,4 @@ def as_matrices(array: mx.array, place, halves: np.ndarray) -> tuple[np.ndarray,
     ends = (place.leading, place.leading + place.contracted)
     lead, inner = moved.shape[: ends[0]], moved.shape[slice(*ends)]
     matrices = moved.reshape(math.prod(lead), math.prod(inner), -1)
-    halves = halves.astype(np.float64, copy=False)
     return matrices, halves.swapaxes(0, 1) if place.leading else halves[None]
