@@ -6,6 +6,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import InputError
 from ..heads import first_array
+from ..inner import without_projections
 from ..options import DistillOptions
 from ..report import machine
 from ..stream import Fetch
@@ -69,10 +70,13 @@ def student_of(model: LanguageModel, options: DistillOptions) -> nn.Module:
 
 
 def trained_fetch(model: LanguageModel, options: DistillOptions, best: dict) -> Fetch:
-    """The model's parameters with trained ones in their place, adapters merged, as on disk."""
+    """The model's parameters with trained ones in their place, adapters merged, as on disk.
+
+    What was only learnt along is left behind.
+    """
     module = student_of(model, options)
     module.set_dtype(mx.float32)
-    module.update(tree_unflatten(list(best.items())))
+    module.update(tree_unflatten(list(without_projections(best).items())))
     merged = [(path, m.fuse()) for path, m in module.named_modules() if hasattr(m, "fuse")]
     module.update_modules(tree_unflatten(merged))
     weights = dict(tree_flatten(module.parameters()))

@@ -11,13 +11,17 @@ Everything is differentiable once more, so that a student's attribution can be h
 Wu et al., 2023 (AD-KD), https://arxiv.org/abs/2305.10010;
 Sundararajan et al., 2017, https://arxiv.org/abs/1703.01365
 
-B rows of a batch, T tokens, D width of an embedding, V vocabulary.
+Of blocks it is what each adds to the residual stream, h_l - h_(l-1), times the gradient by the
+stream behind it: to first order what z would lose without the block.
+
+B rows of a batch, T tokens, D width of an embedding, L blocks, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 
+from .blocks import Block
 from .errors import InputError
 from .execute import run
 from .graph import SHAPE_ONLY, Graph
@@ -50,6 +54,25 @@ def attribution(
     slopes = sum(slope(still, (k + 1) / steps) for k in range(steps)) / steps
     squares = mx.square(slopes * embeddings).sum(axis=-1)
     return mx.sqrt(squares + TINY) * mx.rsqrt(squares.sum(axis=-1, keepdims=True) + TINY)
+
+
+def block_shares(
+    graph: Graph, inputs: Sequence[mx.array], weights: Mapping[str, mx.array],
+    explain: Callable[[list[mx.array]], mx.array], blocks: Sequence[Block],
+) -> mx.array:  # fmt: skip
+    """float32 [B, L]: the share of each block in what `explain(outputs)` [B] says of its row."""
+    ends = {block.end for block in blocks}
+    _, taps = run(graph, inputs, weights, taps=ends | {block.start for block in blocks})
+
+    def total(moved: dict[int, mx.array]) -> mx.array:
+        replace = {i: lambda h, i=i: h + moved[i] for i in ends}
+        outputs, _ = run(graph, inputs, weights, replace=replace)
+        return explain(outputs).astype(mx.float32).sum()
+
+    slopes = mx.grad(total)({i: mx.zeros(taps[i].shape) for i in ends})
+    added = [slopes[b.end] * (taps[b.end] - taps[b.start]) for b in blocks]
+    lost = mx.stack([mx.abs(each.reshape(len(each), -1).sum(axis=1)) for each in added], axis=1)
+    return lost / (lost.sum(axis=1, keepdims=True) + TINY)
 
 
 def embedded(graph: Graph) -> int:

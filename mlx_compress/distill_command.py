@@ -58,7 +58,7 @@ Attribution = Annotated[
     typer.Option(
         "--attribution", metavar="NAME",
         help="What the teacher's answers rest on: align the student's with it, or as weights of "
-        "tokens. Costs time, see the README for what it brings.",
+        "tokens (and blocks). Costs time, see the README for what it brings.",
     ),
 ]  # fmt: skip
 TargetDir = Annotated[
@@ -112,6 +112,10 @@ def distill(
     patience: Patience = DEFAULT.patience,
     on_policy: _number("--on-policy", "Fraction of steps on text that the student writes, 0-1.")
     = DEFAULT.on_policy,
+    hidden_weight: _number("--hidden-weight", "Of holding what blocks hand on to the teacher's.")
+    = DEFAULT.hidden_weight,
+    attention_weight: _number("--attention-weight", "Of holding attention maps to the teacher's.")
+    = DEFAULT.attention_weight,
     attribution: Attribution = DEFAULT.attribution,
     attribution_weight: _number("--attribution-weight", "Of it, where it is aligned.")
     = DEFAULT.attribution_weight,

@@ -138,7 +138,10 @@ def _check(options: DistillOptions, target_dir: Path | None) -> None:
     """Refuse what does not go together, before the long part."""
     if options.loss is not None:
         among("--loss", (options.loss,), DIVERGENCES)
-    live_only = {"--attribution": options.attribution, "--on-policy": options.on_policy}
+    live_only = {
+        "--attribution": options.attribution, "--on-policy": options.on_policy,
+        "--hidden-weight": options.hidden_weight, "--attention-weight": options.attention_weight,
+    }  # fmt: skip
     for flag, wanted in live_only.items():
         if target_dir is not None and wanted:
             raise InputError(f"{flag}: asks the teacher itself; not together with --target-dir.")
@@ -148,6 +151,11 @@ def _check(options: DistillOptions, target_dir: Path | None) -> None:
         raise InputError(
             "--attribution align: takes a second derivative, which --grad-checkpoint has none of; "
             "leave one out."
+        )
+    if options.looks_inside and options.grad_checkpoint:
+        raise InputError(
+            "--hidden-weight, --attention-weight: hold what --grad-checkpoint would not; leave "
+            "one out."
         )
 
 
@@ -225,7 +233,8 @@ def short(*parts: str) -> str:
 
 def _require_memory(teacher, student, options: DistillOptions, *, with_teacher: bool) -> None:
     window = mx.zeros((1, options.max_seq_length - 1), mx.int32)
-    beside = teacher_bytes(teacher) if with_teacher and options.hard_labels < 1 else 0
+    asked = options.hard_labels < 1 or options.looks_inside
+    beside = teacher_bytes(teacher) if with_teacher and asked else 0
     if options.attribution is not None and beside != loaded_bytes(teacher):
         beside += loaded_bytes(teacher)
     module, trained = student.module(), None

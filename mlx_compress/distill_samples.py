@@ -3,21 +3,23 @@
 S samples, R rows (one of each sample, or two of a pair), C classes, E width of an embedding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import mlx.core as mx
 import numpy as np
 
-from .attribution import attribution, misalignment
+from .attribution import attribution, block_shares, misalignment
 from .batch_norm import batch_norms
+from .blocks import blocks_of
 from .errors import InputError
 from .execute import run
 from .graph import Graph
+from .inner import Matching, Values, block_weights
 from .losses import LOSSES
 from .matching import HIDDEN_MEASURES
-from .options import ATTRIBUTIONS, DIVERGENCES, EMBEDDING_LOSSES, DistillOptions, among
+from .options import DIVERGENCES, EMBEDDING_LOSSES, DistillOptions, among
 from .program import Program
 from .samples import Samples
 from .training import batch_rows
@@ -29,11 +31,12 @@ class Answers:
     """The float weights of `student`, and how far its answers on `train` are from the teacher's.
 
     A `training.Objective`. Class scores are compared by a divergence of their distributions,
-    embeddings by "cosine" or "mse". The teacher is asked once for each sample, so it is not needed
-    later. With the attribution "align" what pairs are alike by, or a class is scored by, is held to
-    what it is to the teacher. Statistics of batch norms stay as they are. Held out are the task's
-    own `loss` and `score`, and the `divergence`. Raises `InputError` for a loss that does not suit,
-    and where teacher and student answer in other shapes.
+    embeddings by "cosine" or "mse". The teacher is asked once for each sample, and only where what
+    is inside it is matched again at each step. With the attribution "align" what pairs are alike
+    by, or a class is scored by, is held to what it is to the teacher; with "weights" blocks that
+    are matched count as much as that rests on them. Statistics of batch norms stay as they are.
+    Held out are the task's own `loss` and `score`, and the `divergence`. Raises `InputError` for a
+    loss that does not suit, and where teacher and student answer in other shapes.
     """
 
     student: Program
@@ -47,7 +50,7 @@ class Answers:
         kinds = EMBEDDING_LOSSES if self.train.task.embeds else DIVERGENCES
         among("--loss", (self.loss,), kinds)
         self.told = asked(self.teacher, self.train)
-        self.rests_on = self._explained()
+        self.rests_on = self._explained() if self.options.attribution == "align" else None
         self.told_held_out = asked(self.teacher, self.held_out)
         own = asked(self.student, self.held_out.split(1)[0]).shape[1:]
         theirs = self.told_held_out.shape[1:]
@@ -56,23 +59,38 @@ class Answers:
                 f"--teacher: answers in the shape {theirs}, the student in {own}; both need the "
                 "same classes, or embeddings of one width."
             )
+        self.matching = self._matching() if self.options.looks_inside else None
+        if self.options.attribution == "weights" and self.matching is None:
+            raise InputError(
+                "--attribution weights: weighs a saved program's blocks; give --hidden-weight or "
+                "--attention-weight too."
+            )
 
-    def _explained(self) -> mx.array | None:
+    def _explained(self) -> mx.array:
         """What the teacher's answers to the samples rest on, [S, rows, T]."""
-        if self.options.attribution is None:
-            return None
-        among("--attribution", (self.options.attribution,), ATTRIBUTIONS[:1])
-        graph = self.teacher.at(self.train.sizes(self.teacher))
-        weights = self.teacher.fetch(list(graph.parameters))
+        graph, weights = self._teacher
         maps = []
         for b, inputs in enumerate(self.train.batches):
-            told = self.told[b * self.train.size : (b + 1) * self.train.size]
-            explain = partial(_explain, self.train, inputs, told)
             steps = self.options.attribution_steps
-            found = attribution(graph, inputs, weights, explain, steps=steps)
+            found = attribution(graph, inputs, weights, self._explaining(b), steps=steps)
             maps.append(_rows_of(self.train, found))
             mx.eval(maps[-1])
         return mx.concatenate(maps)
+
+    def _explaining(self, b: int) -> Callable[[list[mx.array]], mx.array]:
+        """What is explained of the outputs of a batch."""
+        told = self.told[b * self.train.size : (b + 1) * self.train.size]
+        return partial(_explain, self.train, self.train.batches[b], told)
+
+    def _matching(self) -> Matching:
+        """How what is inside the programs is compared."""
+        graph, weights = self._teacher
+        matching = Matching(self.graph, graph, self.options)
+        if self.options.attribution == "weights":
+            inputs, blocks = self.train.batches[0], blocks_of(graph)
+            shares_BL = block_shares(graph, inputs, weights, self._explaining(0), blocks)
+            matching.weights = block_weights(shares_BL, len(matching.pairs))
+        return matching
 
     @property
     def loss(self) -> str:
@@ -85,10 +103,11 @@ class Answers:
     def start(self) -> Weights:
         frozen = {path for norm in batch_norms(self.graph) for path in (norm.mean, norm.variance)}
         held = self.student.fetch(list(self.graph.parameters))
-        return {
+        own = {
             path: array.astype(mx.float32) for path, array in held.items()
             if mx.issubdtype(array.dtype, mx.floating) and path not in frozen
         }  # fmt: skip
+        return own if self.matching is None else own | self.matching.projections
 
     def gradients(self, weights: Weights, step: int, t: float) -> tuple[mx.array, Weights]:
         batches = batch_rows(self.options, step, len(self.train))
@@ -97,7 +116,9 @@ class Answers:
             batch, theirs = self.train.pick(places), self.told[mx.array(places)]
             due = self.rests_on is not None and step % self.options.attribution_every == 0
             maps = self.rests_on[mx.array(places)] if due else None
-            found, grads = mx.value_and_grad(partial(self._loss, batch, theirs, maps, t))(weights)
+            inner = self._inside(batch.batches[0])
+            loss_of = partial(self._loss, batch, theirs, maps, inner, t)
+            found, grads = mx.value_and_grad(loss_of)(weights)
             sums = grads if sums is None else {p: sums[p] + grad for p, grad in grads.items()}
             loss = loss + found
             mx.eval(loss, sums)
@@ -122,15 +143,30 @@ class Answers:
         return self.student.at(self.train.sizes(self.student))
 
     @cached_property
+    def _teacher(self) -> tuple[Graph, Weights]:
+        graph = self.teacher.at(self.train.sizes(self.teacher))
+        return graph, self.teacher.fetch(list(graph.parameters))
+
+    def _inside(self, inputs: Sequence[mx.array]) -> Values:
+        """The teacher's values that are matched."""
+        if self.matching is None:
+            return {}
+        graph, weights = self._teacher
+        return run(graph, inputs, weights, taps=self.matching.their_taps)[1]
+
+    @cached_property
     def _fixed(self) -> Weights:
         """What is not trained."""
         trained = self.start()
         others = [path for path in self.graph.parameters if path not in trained]
         return dict(self.student.fetch(others))
 
-    def _loss(self, batch: Samples, theirs: mx.array, maps, t: float, weights: Weights) -> mx.array:
+    def _loss(
+        self, batch: Samples, theirs: mx.array, maps, inner: Values, t: float, weights: Weights
+    ) -> mx.array:
         inputs, held = batch.batches[0], weights | self._fixed
-        outputs, _ = run(self.graph, inputs, held)
+        taps = self.matching.own_taps if self.matching else ()
+        outputs, own_inner = run(self.graph, inputs, held, taps=taps)
         total, hard = mx.zeros(()), self.options.hard_labels
         if hard < 1:
             own = _by_sample(batch, inputs, outputs)
@@ -141,6 +177,9 @@ class Answers:
             found = attribution(self.graph, inputs, held, partial(_explain, batch, inputs, theirs))
             apart = misalignment(_rows_of(batch, found), maps).mean()
             total = total + self.options.attribution_weight * apart
+        if self.matching is not None:
+            mask = batch.masks[0] if batch.masks else mx.ones(inputs[0].shape[:2])
+            total = total + self.matching.loss(own_inner, inner, mask, weights)
         return total
 
     def _divergence(self, own: mx.array, theirs: mx.array, t: float = 1.0) -> mx.array:

@@ -3,7 +3,7 @@
 N windows, B rows of a batch, T tokens of a window, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,7 +13,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .errors import InputError
 from .explained import Explainer, Traced
+from .graph import Graph
 from .heads import Head, first_array, head_of
+from .inner import Matching, Values, block_weights, only_projections, without_projections
 from .losses import cross_entropy
 from .options import DIVERGENCES, DistillOptions, among
 from .token_loss import Batch, Split, divergence_of, gradients
@@ -30,18 +32,27 @@ Teacher = Callable[[Text, np.ndarray, mx.array], tuple[mx.array, ...]]
 Write = Callable[[nn.Module, mx.array, int, mx.array], mx.array]
 # Logits of a batch beyond the first are never whole; as many tokens at a time as fit the second.
 LOGITS_BYTES, CHUNK_BYTES, LEAST_CHUNK = 2**28, 2**25, 16
+WEIGHED = 16  # windows by whose attributions blocks are weighed
 
 
 class Live:
     """A `Teacher` that is asked as the training goes: a language model, or a function to logits."""
 
     def __init__(self, model: Callable[[mx.array], object]):
-        self.model, self.head = model, None
+        self.model, self.head, self._traced = model, None, Traced(model)
 
     def __call__(self, text: Text, rows: np.ndarray, inputs_BT: mx.array) -> tuple[mx.array, ...]:
         if self.head is not None:
             return (self.head.hidden(inputs_BT),)
         return (first_array(self.model(inputs_BT)),)
+
+    def graph(self, inputs_BT: mx.array) -> Graph:
+        """From tokens to what it gives."""
+        return self._traced.graph(inputs_BT, self.head)
+
+    def tapped(self, inputs_BT: mx.array, taps: Iterable[int]) -> tuple[mx.array, Values]:
+        """What it gives, and the values at these ids inside its graph."""
+        return self._traced.tapped(inputs_BT, taps, self.head)
 
     def split(self) -> Head | None:
         """Give hidden states from now on, where the head comes apart."""
@@ -56,7 +67,8 @@ class NextToken:
 
     A `training.Objective`. Of the logits the first `count` are compared. Held out are
     `cross_entropy` and `divergence`, nats per token; plain fine-tuning asks no teacher. The student
-    computes in the options' dtype. Raises `InputError` for no windows.
+    computes in the options' dtype. With a weight for what is inside the models, the teacher has to
+    be `Live`. Raises `InputError` for no windows.
     """
 
     student: nn.Module
@@ -89,6 +101,9 @@ class NextToken:
         logits = first_array(self.student(mx.zeros((1, 2), mx.int32)))
         self.vocabulary = logits.shape[-1]
         self.apart = self._split()
+        self.matching = self._matching()
+        if self.matching is not None:
+            self._start |= self.matching.projections
 
     def _split(self) -> Split | None:
         """Where the logits of a batch are large, and heads come apart."""
@@ -103,6 +118,22 @@ class NextToken:
             return None
         chunk = max(LEAST_CHUNK, CHUNK_BYTES // (4 * self.vocabulary))
         return Split(own, chunk, theirs and theirs.logits)
+
+    def _matching(self) -> Matching | None:
+        """How what is inside the models is compared, where the options ask for it."""
+        if not self.options.looks_inside:
+            return None
+        if not isinstance(self.teacher, Live):
+            raise InputError("--hidden-weight, --attention-weight: need the teacher itself.")
+        rows = self.options.batch_size // self.workers.count
+        inputs_BT = mx.zeros((rows, self.train.tokens.shape[1] - 1), mx.int32)
+        own = self.traced.graph(inputs_BT, self.apart and self.apart.head)
+        matching = Matching(own, self.teacher.graph(inputs_BT), self.options)
+        if self.options.attribution == "weights":
+            first = np.arange(min(WEIGHED, len(self.train.tokens)))
+            shares_BL = self.explainer.block_shares(self.train, first)
+            matching.weights = block_weights(shares_BL, len(matching.pairs))
+        return matching
 
     @property
     def judged_by(self) -> str:
@@ -123,8 +154,9 @@ class NextToken:
         else:
             batches = [self._explained(self._batch(self.train, p), p, step) for p in parts]
         return gradients(
-            self.traced, batches, self.options, t, self.count, self.workers, self.apart
-        )
+            self.traced, batches, self.options, t, self.count, self.workers, self.apart,
+            self.matching,
+        )  # fmt: skip
 
     def _own(self, rows: np.ndarray, seed: int) -> Batch:
         """Windows that the student writes on from their first quarter."""
@@ -133,9 +165,8 @@ class NextToken:
         prompts_BP = mx.array(self.train.tokens[rows, :prompt])
         tokens_BT = self.write(self.student, prompts_BP, length - prompt, mx.random.key(seed))
         written = mx.broadcast_to(mx.arange(length) >= prompt, tokens_BT.shape)
-        targets = self.teacher(self.train, rows, tokens_BT[:, :-1])
-        targets = tuple(map(mx.stop_gradient, targets))
-        return Batch(tokens_BT, written.astype(mx.float32), targets, own=True)
+        batch = Batch(tokens_BT, written.astype(mx.float32), (), own=True)
+        return self._answered(batch, self.train, rows)
 
     def _explained(self, batch: Batch, rows: np.ndarray, step: int) -> Batch:
         """With what the options ask of attributions at this step."""
@@ -156,7 +187,7 @@ class NextToken:
         sums = dict.fromkeys([*names, "tokens"], mx.zeros(()))
         size = self._rows_at_a_time()
         for start in range(0, len(own_rows), size):
-            batch = self._batch(self.held_out, own_rows[start : start + size])
+            batch = self._batch(self.held_out, own_rows[start : start + size], inside=False)
             labels_BT = batch.tokens[:, 1:]
             own = first_array(self.student(batch.tokens[:, :-1]))[..., : self.count]
             found = {"cross_entropy": cross_entropy(own, labels_BT), "tokens": mx.ones(())}
@@ -177,12 +208,24 @@ class NextToken:
         return max(1, min(self.options.batch_size, LOGITS_BYTES // window))
 
     def _set(self, weights: Weights) -> None:
-        cast = [(path, array.astype(self.dtype)) for path, array in weights.items()]
-        self.student.update(tree_unflatten(cast))
+        own = without_projections(weights)
+        self.student.update(tree_unflatten([(p, a.astype(self.dtype)) for p, a in own.items()]))
+        if self.matching is not None:
+            self.matching.projections = only_projections(weights)
 
-    def _batch(self, text: Text, rows: np.ndarray) -> Batch:
-        tokens_BT = mx.array(text.tokens[rows])
-        asked = self.options.hard_labels < 1
-        targets = self.teacher(text, rows, tokens_BT[:, :-1]) if asked else ()
+    def _batch(self, text: Text, rows: np.ndarray, *, inside: bool = True) -> Batch:
         weights_BT = mx.array(text.mask[rows].astype(np.float32))
-        return Batch(tokens_BT, weights_BT, tuple(map(mx.stop_gradient, targets)))
+        batch = Batch(mx.array(text.tokens[rows]), weights_BT, ())
+        return self._answered(batch, text, rows, inside=inside)
+
+    def _answered(self, batch: Batch, text: Text, rows: np.ndarray, *, inside=True) -> Batch:
+        """With what the teacher says of it, and where it is matched what it computes there."""
+        inputs_BT, asked = batch.tokens[:, :-1], self.options.hard_labels < 1
+        values, targets = None, ()
+        if inside and self.matching is not None:
+            output, values = self.teacher.tapped(inputs_BT, self.matching.their_taps)
+            values = {i: mx.stop_gradient(value) for i, value in values.items()}
+            targets = (output,) if asked else ()
+        elif asked:
+            targets = self.teacher(text, rows, inputs_BT)
+        return batch._replace(targets=tuple(map(mx.stop_gradient, targets)), inside=values)

@@ -1,12 +1,14 @@
 """Which input tokens a teacher's next-token candidates rest on, asked once for each window.
 
 A window has `attribution_views` views: a position, drawn by the seed, and there the teacher's
-likeliest token, or in every second view the next likeliest.
+likeliest token, or in every second view the next likeliest. What blocks of the teacher these rest
+on is asked of a few windows.
 
 N windows, P views, B rows of a batch, T tokens of a window.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -14,9 +16,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .attribution import attribution, candidates
+from .attribution import attribution, block_shares, candidates
+from .blocks import blocks_of
 from .execute import run
 from .graph import Graph, trace
+from .heads import Head
 from .options import DistillOptions
 from .training_text import Text
 
@@ -30,15 +34,23 @@ class Traced:
     """A language model, and its graph at the shape of each batch that it was asked about."""
 
     module: nn.Module
-    _graphs: dict[tuple[int, ...], Graph] = field(default_factory=dict)
+    _graphs: dict[tuple, Graph] = field(default_factory=dict)
 
-    def graph(self, inputs_BT: mx.array) -> Graph:
-        if inputs_BT.shape not in self._graphs:
-            self._graphs[inputs_BT.shape] = trace(self.module, inputs_BT)
-        return self._graphs[inputs_BT.shape]
+    def graph(self, inputs_BT: mx.array, head: Head | None = None) -> Graph:
+        """From tokens to logits; without its `head` to what that reads."""
+        key = inputs_BT.shape, head is None
+        if key not in self._graphs:
+            with nullcontext() if head is None else head.taken_off():
+                self._graphs[key] = trace(self.module, inputs_BT)
+        return self._graphs[key]
 
-    def logits(self, inputs_BT: mx.array) -> mx.array:
-        return run(self.graph(inputs_BT), [inputs_BT], self.weights)[0][0]
+    def tapped(
+        self, inputs_BT: mx.array, taps: Iterable[int] = (), head: Head | None = None
+    ) -> tuple[mx.array, dict[int, mx.array]]:
+        """What the graph gives, and the values inside it at these ids."""
+        graph = self.graph(inputs_BT, head)
+        outputs, values = run(graph, [inputs_BT], self.weights, taps=taps)
+        return outputs[0], values
 
     def attribution(self, inputs_BT, positions_B, tokens_B, *, steps: int = 1) -> mx.array:
         """What the logit of each row's token at its position rests on, [B, T - 1]."""
@@ -46,6 +58,12 @@ class Traced:
             self.graph(inputs_BT), [inputs_BT], self.weights, candidates(positions_B, tokens_B),
             steps=steps,
         )  # fmt: skip
+
+    def block_shares(self, inputs_BT, positions_B, tokens_B) -> mx.array:
+        """How much that logit rests on each block, [B, L]."""
+        graph = self.graph(inputs_BT)
+        explain = candidates(positions_B, tokens_B)
+        return block_shares(graph, [inputs_BT], self.weights, explain, blocks_of(graph))
 
     @property
     def weights(self) -> Mapping[str, mx.array]:
@@ -80,6 +98,12 @@ class Explainer:
         shares = maps / maps.mean(axis=-1, keepdims=True)
         return mx.concatenate([shares, mx.ones((len(rows), 1))], axis=1)
 
+    def block_shares(self, text: Text, rows: np.ndarray) -> mx.array:
+        """How much all views of some windows rest on each block of the teacher, [B, L]."""
+        inputs_BT = mx.array(text.tokens[rows, :-1])
+        views = [self.view(text, rows, n)[:2] for n in range(self.options.attribution_views)]
+        return sum(self.teacher.block_shares(inputs_BT, *view) for view in views) / len(views)
+
     def _position(self, row: int, number: int, text: Text) -> int:
         """In the last three quarters, where there is something to rest on."""
         length = text.tokens.shape[1] - 1
@@ -87,7 +111,8 @@ class Explainer:
         return int(rng.integers(length // 4, length))
 
     def _ask(self, inputs_BT, positions_B, rank: int) -> list[tuple[int, np.ndarray]]:
-        logits_BV = self.teacher.logits(inputs_BT)[mx.arange(len(positions_B)), positions_B]
+        logits_BTV, _ = self.teacher.tapped(inputs_BT)
+        logits_BV = logits_BTV[mx.arange(len(positions_B)), positions_B]
         tokens_B = mx.argsort(-logits_BV, axis=-1)[:, rank]
         steps = self.options.attribution_steps
         maps = self.teacher.attribution(inputs_BT, positions_B, tokens_B, steps=steps)

@@ -37,7 +37,7 @@ class Head:
 
     def hidden(self, tokens_BT: mx.array) -> mx.array:
         """What the head reads, [B, T, D]."""
-        with self._taken_off():
+        with self.taken_off():
             return first_array(self.module(tokens_BT))
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -62,7 +62,8 @@ class Head:
         self.layer.__class__ = type(self.layer).__mro__[1]
 
     @contextlib.contextmanager
-    def _taken_off(self) -> Iterator[None]:
+    def taken_off(self) -> Iterator[None]:
+        """The module gives hidden states for this while."""
         self._off = True
         try:
             yield

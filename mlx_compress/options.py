@@ -137,12 +137,15 @@ class DistillOptions:
     trains adapters of that rank, which are merged at the end. Where a teacher's answers are kept on
     disk they are its `top_k` likeliest tokens. In a fraction `on_policy` of the steps the student
     writes the last three quarters of each window itself, and learns what the teacher says of that
-    (GKD, https://arxiv.org/abs/2306.13649). With `attribution` "align" every
+    (GKD, https://arxiv.org/abs/2306.13649). With a `hidden_weight` what the student's blocks hand
+    on is held to what the teacher's do, with an `attention_weight` their attention maps (`inner.py`
+    says how). With `attribution` "align" every
     `attribution_every`-th step also holds what the student's answers rest on to what the teacher's
     do, with `attribution_weight`; with "weights" tokens count as much as the teacher's answers rest
-    on them. A window has `attribution_views` of them; `attribution_steps` are those of integrated
-    gradients. `eval_samples` windows are measured at last, and
-    `max_drop` is a gate on their loss as in `Options`.
+    on them, and so do blocks where what is inside them is held to the teacher's. A window has
+    `attribution_views` of them; `attribution_steps` are those of integrated gradients.
+    `eval_samples` windows are measured at last, and `max_drop` is a gate on their loss as in
+    `Options`.
     """
 
     loss: str | None = None
@@ -165,6 +168,8 @@ class DistillOptions:
     lora_rank: int = 0
     top_k: int = 128
     on_policy: float = 0.0
+    hidden_weight: float = 0.0
+    attention_weight: float = 0.0
     attribution: str | None = None
     attribution_weight: float = 1.0
     attribution_every: int = 4
@@ -194,6 +199,9 @@ class DistillOptions:
             if not 0 <= getattr(self, name) <= 1:
                 value = getattr(self, name)
                 raise InputError(f"{_flag(name)} {value:g}: must lie between 0 and 1.")
+        for name in ("hidden_weight", "attention_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{_flag(name)} {getattr(self, name):g}: must be 0 or more.")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -202,6 +210,11 @@ class DistillOptions:
             return self.learning_rate * (step + 1) / warmup
         part = (step - warmup) / max(1, self.iters - warmup)
         return self.learning_rate * (1 + math.cos(math.pi * part)) / 2
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether values inside the models are compared."""
+        return bool(self.hidden_weight or self.attention_weight)
 
     @property
     def windows(self) -> int:

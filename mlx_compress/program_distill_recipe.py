@@ -26,6 +26,7 @@ from .distill_recipe import (
 from .distill_samples import Answers
 from .errors import InputError
 from .gate import rejected
+from .inner import without_projections
 from .options import DistillOptions
 from .parity import TOLERANCE, error_of
 from .plan import PrunePlan
@@ -77,7 +78,7 @@ def distill(
     objective = Answers(student.program, teacher.program, learnt, held_out, options)
     training = train(objective, options, folder, told=told, progress=progress)
     history = history_of(options, training, objective.judged_by)
-    trained = _trained(student.program, folder.best(training))
+    trained = _trained(student.program, without_projections(folder.best(training)))
     training.weights, training.optimizer = {}, {}
     made = made_from(teacher.path, student.path) | {"distillation": history}
     with new_folder(out) as place:

@@ -16,6 +16,7 @@ from .attribution import misalignment
 from .errors import InputError
 from .explained import Traced, View
 from .heads import Head, first_array
+from .inner import Matching, Values
 from .kernels import kl
 from .kernels.projected import projected_loss
 from .losses import LOSSES, bucketed, cross_entropy
@@ -44,13 +45,14 @@ class Split:
 
 class Batch(NamedTuple):
     """Windows [B, T] of which tokens count by `weights`, 0 for not at all; what the teacher says of
-    them, and where attributions are aligned what one of its answers rests on. Those that are the
-    student's `own` words are no labels."""
+    them, where attributions are aligned what one of its answers rests on, and where it is matched
+    `inside` the values there. Those that are the student's `own` words are no labels."""
 
     tokens: mx.array
     weights: mx.array
     targets: tuple[mx.array, ...]
     view: View | None = None
+    inside: Values | None = None
     own: bool = False
 
 
@@ -70,26 +72,37 @@ def divergence_of(
 def gradients(
     student: Traced, batches: Sequence[Batch], options: DistillOptions, t: float = 1.0,
     count: int | None = None, workers: Workers = ALONE, split: Split | None = None,
+    matching: Matching | None = None,
 ) -> tuple[mx.array, Weights]:  # fmt: skip
     """Mean loss, nats per token that counts in any of the batches, and its gradients, float32.
 
     `batches` are this process's parts of them. `t` is that of `taid`, the other losses have none.
-    A misalignment of attributions is added as a mean over rows.
+    A misalignment of attributions is added as a mean over rows, `matching` as one over tokens; what
+    it projects by is learnt, too.
     """
-
-    def total(batch: Batch) -> mx.array:
-        loss = _nats(student, batch, options, t, count, split)
-        if batch.view is None:
-            return loss
-        positions_B, tokens_B, theirs_BT = batch.view
-        own_BT = student.attribution(batch.tokens[:, :-1], positions_B, tokens_B)
-        apart = misalignment(own_BT, theirs_BT).mean()
-        return loss + options.attribution_weight * apart * (batch.weights[:, 1:] != 0).sum()
+    def total(batch: Batch, projections: Weights) -> mx.array:
+        inputs_BT, counts_BT = batch.tokens[:, :-1], batch.weights[:, 1:] != 0
+        more = mx.zeros(())
+        if matching is not None:
+            head = None if split is None else split.head
+            output, own = student.tapped(inputs_BT, matching.own_taps, head)
+            more = matching.loss(own, batch.inside, counts_BT, projections)
+        elif split is not None:
+            output = split.head.hidden(inputs_BT)
+        else:
+            output = first_array(student.module(inputs_BT))
+        if batch.view is not None:
+            positions_B, tokens_B, theirs_BT = batch.view
+            own_BT = student.attribution(inputs_BT, positions_B, tokens_B)
+            misaligned = misalignment(own_BT, theirs_BT).mean()
+            more = more + options.attribution_weight * misaligned
+        return _nats(output, batch, options, t, count, split) + more * counts_BT.sum()
 
     loss, sums = mx.zeros(()), None
+    learnt = matching.projections if matching is not None else {}
     for batch in batches:
-        nats, grads = _differentiated(student.module, partial(total, batch))
-        grads = {path: grad.astype(mx.float32) for path, grad in tree_flatten(grads)}
+        nats, grads = _differentiated(student.module, partial(total, batch), learnt)
+        grads = {path: grad.astype(mx.float32) for path, grad in grads.items()}
         sums = grads if sums is None else tree_map(mx.add, sums, grads)
         loss = loss + nats
         mx.eval(loss, sums)  # one batch's activations at a time
@@ -99,10 +112,22 @@ def gradients(
     return loss / tokens, tree_map(lambda grad: grad / tokens, shared)
 
 
-def _differentiated(module: nn.Module, loss: Callable[[], mx.array]):
-    """Raises `InputError` for a model that has no gradient."""
+def _differentiated(
+    module: nn.Module, loss: Callable[[Weights], mx.array], beside: Weights
+) -> tuple[mx.array, Weights]:
+    """The loss, and its gradients by a module's parameters and by what is learnt `beside` them.
+
+    Raises `InputError` for a model that has no gradient.
+    """
+
+    def total(parameters: dict, beside: Weights) -> mx.array:
+        module.update(parameters)
+        return loss(beside)
+
+    own = module.trainable_parameters()
     try:
-        return nn.value_and_grad(module, loss)()
+        found, (grads, others) = mx.value_and_grad(total, argnums=(0, 1))(own, beside)
+        return found, dict(tree_flatten(grads)) | others
     except (AttributeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -110,9 +135,10 @@ def _differentiated(module: nn.Module, loss: Callable[[], mx.array]):
         raise InputError(f"--model: this architecture cannot be trained ({reason}).") from error
 
 
-def _nats(student: Traced, batch: Batch, options, t: float, count, split: Split | None) -> mx.array:
-    """The weighted sum of the losses of a batch's tokens."""
-    inputs_BT, labels_BT = batch.tokens[:, :-1], batch.tokens[:, 1:]
+def _nats(output, batch: Batch, options, t: float, count, split: Split | None) -> mx.array:
+    """The weighted sum of the losses of a batch's tokens, from logits, or from hidden states where
+    the head is apart."""
+    labels_BT = batch.tokens[:, 1:]
     hard = 0 if batch.own else options.hard_labels
 
     def nats(own: mx.array, labels: mx.array, *targets: mx.array) -> mx.array:
@@ -123,17 +149,16 @@ def _nats(student: Traced, batch: Batch, options, t: float, count, split: Split 
 
     counts_BT = batch.weights[:, 1:]
     if split is None:
-        own = first_array(student.module(inputs_BT))[..., :count]
-        found = nats(own, labels_BT, *batch.targets)
+        found = nats(output[..., :count], labels_BT, *batch.targets)
         return mx.where(counts_BT != 0, found * counts_BT, 0).sum()
 
     def chunk(own: mx.array, labels: mx.array, *targets: mx.array) -> mx.array:
         apart = split.project is not None and len(targets) == 1
         return nats(own, labels, *(map(split.project, targets) if apart else targets))
 
-    hidden_BTD, head = split.head.hidden(inputs_BT), split.head
+    head = split.head
     flat = [array.reshape(-1, *array.shape[2:]) for array in (
-        hidden_BTD, counts_BT, labels_BT, *batch.targets
+        output, counts_BT, labels_BT, *batch.targets
     )]  # fmt: skip
     return projected_loss(
         flat[0], head.weight[:count], flat[1], loss=chunk, chunk=split.chunk, per_token=flat[2:],

@@ -45,6 +45,35 @@ class Encoder(nn.Module):
         return (x * weights).sum(1) / weights.sum(1) if self.pools else x
 
 
+class Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.query, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.mlp = nn.Linear(width, width)
+
+    def __call__(self, x, hidden):
+        queries, keys = (y.reshape(*x.shape[:2], 2, -1).swapaxes(1, 2) for y in (self.query(x), x))
+        maps = mx.softmax(queries @ keys.swapaxes(2, 3) + hidden, axis=-1)
+        mixed = maps @ keys
+        x = x + self.out(mixed.swapaxes(1, 2).reshape(x.shape))
+        return x + mx.tanh(self.mlp(x))
+
+
+class Deep(nn.Module):
+    """States [R, T, 5] of an encoder with residual blocks of attention with two heads."""
+
+    def __init__(self, width: int, blocks: int):
+        super().__init__()
+        self.table, self.last = nn.Embedding(WORDS, width), nn.Linear(width, 5)
+        self.layers = [Block(width) for _ in range(blocks)]
+
+    def __call__(self, input_ids, attention_mask):
+        x, hidden = self.table(input_ids), -1e4 * (1 - attention_mask[:, None, None])
+        for layer in self.layers:
+            x = layer(x, hidden)
+        return self.last(x)
+
+
 def convolutions(batch: int = 2, *, is_open: bool = True):
     mx.random.seed(1)
     module = Convolutions()
@@ -54,9 +83,12 @@ def convolutions(batch: int = 2, *, is_open: bool = True):
     return program_of(module, image, outputs=["scores"], dynamic=dynamic)
 
 
-def encoder(*, pools: bool = False, length: int | None = None, batch: int | None = None):
+def encoder(
+    *, pools: bool = False, length: int | None = None, batch: int | None = None, deep=None
+):
+    """`deep` is the width and the number of residual blocks."""
     mx.random.seed(2)
-    module = Encoder(pools=pools)
+    module = Deep(*deep) if deep else Encoder(pools=pools)
     mx.eval(module.parameters())
     sizes = {0: None if batch else "batch", 1: None if length else "length"}
     axes = {axis: name for axis, name in sizes.items() if name}

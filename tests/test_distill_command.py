@@ -146,6 +146,19 @@ def test_a_teacher_that_was_asked_before_is_not_asked_again(call, student, tmp_p
     refused(call(*other, *place, "--seed", 1), "holds targets of another --data")
 
 
+def test_what_is_inside_is_matched_and_nothing_of_it_is_saved(call, student, tmp_path):
+    place = tmp_path / "out"
+    more = ("--hidden-weight", 1, "--attention-weight", 1, "--attribution", "weights")
+    code, _, err = call(*arguments(student, place), *more)
+    assert code == 0, err
+    told = json.loads((place / "report.json").read_text())["distillation"]
+    assert told["options"]["hidden_weight"] == 1
+    assert told["losses"][0] > told["held_out"][0]["divergence"]
+    assert mx.load(str(place / "model.safetensors")).keys() == mx.load(
+        str(student / "model.safetensors")
+    ).keys()
+
+
 def test_targets_need_a_folder_and_training_a_place(call, student, tmp_path):
     refused(call(*arguments(student, tmp_path / "out"), "--targets-only"), "--target-dir")
     command = [str(word) for word in arguments(student, tmp_path / "out")]
@@ -161,6 +174,8 @@ def test_targets_need_a_folder_and_training_a_place(call, student, tmp_path):
         (("--loss", "cosine"), "--loss cosine: unknown"),
         (("--attribution", "align", "--target-dir", "t"), "--attribution: asks the teacher itself"),
         (("--attribution", "align", "--grad-checkpoint"), "leave one out"),
+        (("--hidden-weight", 1, "--target-dir", "t"), "--hidden-weight: asks the teacher itself"),
+        (("--attention-weight", 1, "--grad-checkpoint"), "leave one out"),
         (("--on-policy", 0.5, "--hard-labels", 1), "--on-policy: the student's own text has no"),
     ],
 )
