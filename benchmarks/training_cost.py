@@ -12,8 +12,8 @@ what it says to disk, then the student alone reading that. On the CPU, where pac
 
     tokens/s = F / (2 P_teacher + 6 P_student)
 
-with F the floating-point operations a second of a forward pass; from disk the teacher's term is
-left out.
+predicts a real run, with F the floating-point operations a second of the teacher's forward pass
+(overhead tells how near that comes); from disk the teacher's term is left out.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def text(vocabulary: int, windows: int, length: int) -> Text:
 
 
 def overhead(repeats: int, batch: int, length: int) -> dict:
-    """Seconds of each, in turn."""
+    """Seconds of each, in turn, and tokens a second as predicted and as they were."""
     options = DistillOptions(batch_size=batch, max_seq_length=length, iters=repeats + 1)
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch, name) for name in ("teacher", "student")]
@@ -76,19 +76,26 @@ def overhead(repeats: int, batch: int, length: int) -> dict:
         state, kept = _start(goal.start(), options), TrainingFolder(Path(scratch, "state"), {})
         inputs = mx.array(words.tokens[:, :-1])
         mx.eval(teacher.parameters(), student.parameters())
-        times = {"bare": [], "step": []}
+        times = {"teacher": [], "bare": [], "step": []}
         for _ in range(repeats + 1):
             started = time.perf_counter()
             mx.eval(teacher(inputs))
+            times["teacher"].append(time.perf_counter() - started)
             mx.eval(nn.value_and_grad(student, lambda: student(inputs).sum())())
             times["bare"].append(time.perf_counter() - started)
             started = time.perf_counter()
             state = _advanced(goal, state, options, kept)
             times["step"].append(time.perf_counter() - started)
     times = {name: each[1:] for name, each in times.items()}
-    ratios = np.divide(times["step"], times["bare"])
-    return {"options": asdict(options), "apart": goal.apart is not None, **times,
-            "ratio": float(np.median(ratios))}  # fmt: skip
+    theirs, own = map(parameters, MIDDLE)
+    tokens = batch * (length - 1)
+    flops = 2 * theirs * tokens / np.median(times["teacher"])
+    return {
+        "options": asdict(options), "apart": goal.apart is not None, **times,
+        "ratio": float(np.median(np.divide(times["step"], times["bare"]))),
+        "tokens_per_second": float(tokens / np.median(times["step"])),
+        "predicted": float(flops / (2 * theirs + 6 * own)),
+    }  # fmt: skip
 
 
 def step(name: str, place: Path, length: int) -> dict:
@@ -159,7 +166,11 @@ def main(argv: list[str] | None = None) -> None:
     if "overhead" in args.parts:
         result["overhead"] = overhead(args.repeats, args.batch_size, args.length)
         write_report(result | machine(), args.out)
-        console.print(f"a step takes {result['overhead']['ratio']:.2f} x its bare passes")
+        found = result["overhead"]
+        console.print(
+            f"a step takes {found['ratio']:.2f} x its bare passes; {found['tokens_per_second']:.0f}"
+            f" tokens/s, predicted {found['predicted']:.0f}"
+        )
     if "size" in args.parts:
         with tempfile.TemporaryDirectory() as scratch:
             result["size"] = sized(args.length, Path(scratch))
