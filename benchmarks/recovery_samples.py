@@ -15,8 +15,8 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ class Method:
     task: str
     student: str
     training: str | None = None
-    hard_labels: float = 0.0
+    options: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -68,10 +68,11 @@ METHODS = (
     Method("encoder", "pruned"),
     Method("encoder", "pruned", "distilled"),
     Method("encoder", "first layers", "distilled"),
+    Method("encoder", "pruned", "distilled, hidden states too", {"hidden_weight": 1.0}),
     Method("resnet", "pruned"),
-    Method("resnet", "pruned", "fine-tuned", hard_labels=1.0),
+    Method("resnet", "pruned", "fine-tuned", {"hard_labels": 1.0}),
     Method("resnet", "pruned", "distilled"),
-    Method("resnet", "pruned", "distilled, half labels", hard_labels=0.5),
+    Method("resnet", "pruned", "distilled, half labels", {"hard_labels": 0.5}),
 )
 PRUNING = {
     "encoder": Options(params=0.5, calibration_samples=512, batch_size=32, max_seq_length=48),
@@ -131,9 +132,9 @@ def measured(method: Method, data: Path, place: Path, seed: int, args, say) -> d
     row: dict = {"task": method.task, "method": method.name, "seed": seed}
     if method.training:
         options = DistillOptions(
-            iters=args.iters, batch_size=args.batch_size, hard_labels=method.hard_labels,
-            steps_per_eval=max(1, args.iters // 8), val_samples=256, seed=seed,
-            **TRAINING[method.task],
+            iters=args.iters, batch_size=args.batch_size, seed=seed,
+            steps_per_eval=max(1, args.iters // 8), val_samples=256,
+            **TRAINING[method.task], **method.options,
         )  # fmt: skip
         learnt, held_out = read_training(SavedProgram(folder, program), samples, options)
         objective = Answers(program, load_program(dense), learnt, held_out, options)
