@@ -28,10 +28,8 @@ from ..plan import PrunePlan
 from ..prune import check_plan, pruned_fetch, pruned_shapes, pruner
 from ..residual import entry_of
 from ..stream import Fetch, Progress, silent, stream_forward
+from .carrier_configs import Misfit, Place, Source, nemotron_nas, openelm
 from .mlx_lm import LanguageModel, trace_logits
-
-Place = tuple[int | None, str]  # a layer, or None outside of them, and a role
-NAS_STEP = 256  # nemotron-nas rounds MLP widths up to a multiple of this
 
 # The end of a parameter's path -> its role; in the layers, then outside of them.
 LAYER_ROLES = {
@@ -114,34 +112,6 @@ class Carrier:
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)
 
 
-class _Misfit(Exception):
-    """Why a carrier does not fit, in words."""
-
-
-@dataclass
-class _Source:
-    """The pruned model as a carrier sees it: its fields, and shapes by layer and role."""
-
-    args: object
-    places: dict[Place, str]
-    shapes: dict[Place, tuple[int, ...]]
-    layers: int
-
-    def has(self, layer: int | None, role: str) -> bool:
-        return (layer, role) in self.places
-
-    def size(self, layer: int | None, role: str, axis: int = 0) -> int:
-        return self.shapes[layer, role][axis]
-
-    def anywhere(self, role: str) -> bool:
-        return any(held == role for _, held in self.places)
-
-    @property
-    def head_dim(self) -> int:
-        declared = getattr(self.args, "head_dim", None)
-        return declared or self.args.hidden_size // self.args.num_attention_heads
-
-
 def carriers(model: LanguageModel, named: NamedAxes, plan: PrunePlan) -> list[Carrier]:
     """Every carrier, with the config that holds the pruned model, or why it cannot.
 
@@ -222,19 +192,19 @@ def _carrier(name: str, model: LanguageModel, named: NamedAxes, plan: PrunePlan)
         carrier = Carrier(name, "", config, shapes, _sources(source, shapes, table))
         _check_shapes(source, carrier)
         _check_logits(model, named, plan, carrier)
-    except _Misfit as misfit:
+    except Misfit as misfit:
         return Carrier(name, str(misfit))
     return carrier
 
 
-def _source(model: LanguageModel, named: NamedAxes, plan: PrunePlan) -> _Source:
+def _source(model: LanguageModel, named: NamedAxes, plan: PrunePlan) -> Source:
     args = getattr(model.build(), "args", None)
     _check_fields(args)
     if any(cut.kind == "head_dim" for cut in plan):
-        raise _Misfit("the plan cuts into heads")
+        raise Misfit("the plan cuts into heads")
     new, shapes = renamed_paths(named, plan), pruned_shapes(named, plan)
     places = {_place(new[path]): path for path in new}
-    source = _Source(args, places, {place: shapes[path] for place, path in places.items()}, 0)
+    source = Source(args, places, {place: shapes[path] for place, path in places.items()}, 0)
     source.layers = 1 + max((layer for layer, _ in places if layer is not None), default=-1)
     return source
 
@@ -245,13 +215,13 @@ def _check_fields(args: object) -> None:
         kinds = set(getattr(args, "layer_types", None) or [])
         if name == "layer_types" and kinds - {"full_attention"}:
             others = ", ".join(sorted(kinds - {"full_attention"}))
-            raise _Misfit(f"it has no layers of type {others}")
+            raise Misfit(f"it has no layers of type {others}")
         if name == "sliding_window" and kinds or value in (None, False, 0, {}, []):
             continue
         if name not in UNDERSTOOD or name in ("rope_traditional", "sliding_window"):
-            raise _Misfit(f"it has no word for {name}={value}")
+            raise Misfit(f"it has no word for {name}={value}")
     if args is None or not hasattr(args, "rope_theta"):
-        raise _Misfit("the model says no rope_theta, as Llama and its kin do")
+        raise Misfit("the model says no rope_theta, as Llama and its kin do")
 
 
 def _place(path: str) -> Place:
@@ -261,11 +231,11 @@ def _place(path: str) -> Place:
     else:
         role = LAYER_ROLES.get(path[len(f"{entry[0]}.{entry[1]}.") :])
     if role is None:
-        raise _Misfit(f"it has no place for {path}")
+        raise Misfit(f"it has no place for {path}")
     return entry and entry[1], role
 
 
-def _sources(source: _Source, shapes, table) -> dict[str, tuple[str, ...]]:
+def _sources(source: Source, shapes, table) -> dict[str, tuple[str, ...]]:
     used, out = set(), {}
     for path in shapes:
         name, layer = entry_of(path) or ("", None)
@@ -273,23 +243,23 @@ def _sources(source: _Source, shapes, table) -> dict[str, tuple[str, ...]]:
         places = [(layer, role) for role in table[pattern]]
         held = [place for place in places if place in source.places]
         if len(held) < len(places) and (held or not path.endswith(".bias")):
-            raise _Misfit(f"its {path} has no counterpart in the model")
+            raise Misfit(f"its {path} has no counterpart in the model")
         used.update(held)
         out[path] = tuple(source.places[place] for place in held)
     spare = next((path for place, path in source.places.items() if place not in used), None)
     if spare:
-        raise _Misfit(f"it has no place for {spare}")
+        raise Misfit(f"it has no place for {spare}")
     return out
 
 
-def _check_shapes(source: _Source, carrier: Carrier) -> None:
+def _check_shapes(source: Source, carrier: Carrier) -> None:
     by_path = {path: source.shapes[place] for place, path in source.places.items()}
     for path, sources in carrier.sources.items():
         if sources:
             parts = [by_path[each] for each in sources]
             shape = (sum(part[0] for part in parts), *parts[0][1:])
             if shape != carrier.shapes[path]:
-                raise _Misfit(f"its {path} is {carrier.shapes[path]}, where {shape} is needed")
+                raise Misfit(f"its {path} is {carrier.shapes[path]}, where {shape} is needed")
 
 
 def _check_logits(model: LanguageModel, named: NamedAxes, plan, carrier: Carrier) -> None:
@@ -305,7 +275,7 @@ def _check_logits(model: LanguageModel, named: NamedAxes, plan, carrier: Carrier
     want, got = (_logits(each, fetch, tokens) for each, fetch in pairs)
     difference = (mx.abs(got - want).max() / mx.maximum(mx.abs(want).max(), 1e-30)).item()
     if not difference <= TOLERANCE.get(dtype, TOLERANCE[mx.float32]):
-        raise _Misfit(f"it computes something else: logits differ by {difference:.1e}")
+        raise Misfit(f"it computes something else: logits differ by {difference:.1e}")
 
 
 def _logits(graph, fetch, tokens: mx.array) -> mx.array:
@@ -327,86 +297,4 @@ def _converted(pruned: Fetch, named: NamedAxes, carrier: Carrier) -> Fetch:
     return fetch
 
 
-# ---- configs
-
-
-def _openelm(source: _Source) -> dict:
-    layers = range(source.layers)
-    for layer in layers:
-        for role, what in (("q.weight", "attention"), ("gate.weight", "MLP")):
-            if not source.has(layer, role):
-                raise _Misfit(f"it cannot leave out the {what} of layer {layer}")
-    if _scaling(getattr(source.args, "rope_scaling", None)):
-        raise _Misfit("it has no rope scaling")
-    width = source.size(None, "embedding", 1)
-    return {
-        "head_dim": source.head_dim,
-        "num_transformer_layers": source.layers,
-        "model_dim": width,
-        "vocab_size": source.size(None, "embedding"),
-        "ffn_dim_divisor": 1,
-        "num_query_heads": [source.size(k, "q.weight") // source.head_dim for k in layers],
-        "num_kv_heads": [source.size(k, "k.weight") // source.head_dim for k in layers],
-        "ffn_multipliers": [source.size(k, "gate.weight") / width for k in layers],
-        "ffn_with_glu": True,
-        "normalize_qk_projections": source.anywhere("q_norm"),
-        "share_input_output_layers": not source.has(None, "head"),
-        "rms_norm_eps": source.args.rms_norm_eps,
-        "rope_freq_constant": source.args.rope_theta,
-    }
-
-
-def _nemotron_nas(source: _Source) -> dict:
-    layers = range(source.layers)
-    heads = {
-        source.size(k, "q.weight") // source.head_dim for k in layers if source.has(k, "q.weight")
-    }
-    if len(heads) != 1:
-        listed = ", ".join(map(str, sorted(heads))) or "none"
-        raise _Misfit(f"it has one number of query heads for all layers, the model has {listed}")
-    width, (count,) = source.size(None, "embedding", 1), heads
-    if count * source.head_dim != width:
-        raise _Misfit(
-            f"its heads are of {width} / {count}, the hidden width over their number, the model's "
-            f"are of {source.head_dim}"
-        )
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": source.layers,
-        "num_attention_heads": count,
-        "vocab_size": source.size(None, "embedding"),
-        "rms_norm_eps": source.args.rms_norm_eps,
-        "attention_bias": any(source.anywhere(f"{name}.bias") for name in "qkvo"),
-        "mlp_bias": any(source.anywhere(f"{name}.bias") for name in ("gate", "up", "down")),
-        "rope_theta": source.args.rope_theta,
-        "rope_scaling": _scaling(getattr(source.args, "rope_scaling", None)),
-        "max_position_embeddings": getattr(source.args, "max_position_embeddings", None) or 131072,
-        "tie_word_embeddings": not source.has(None, "head"),
-        "block_configs": [_nas_block(source, layer, width) for layer in layers],
-    }
-
-
-def _scaling(scaling: dict | None) -> dict | None:
-    kind = scaling and (scaling.get("type") or scaling.get("rope_type"))
-    return scaling | {"rope_type": kind} if kind not in (None, "default") else None
-
-
-def _nas_block(source: _Source, layer: int, width: int) -> dict:
-    attention: dict = {"no_op": True}
-    mlp: dict = {"no_op": True}
-    if source.has(layer, "q.weight"):
-        groups = source.size(layer, "k.weight")
-        attention = {"n_heads_in_group": source.size(layer, "q.weight") // groups}
-    if source.has(layer, "gate.weight"):
-        inner = source.size(layer, "gate.weight")
-        if inner % NAS_STEP:
-            raise _Misfit(
-                f"its MLP widths are multiples of {NAS_STEP}, layer {layer} has {inner} (prune "
-                f"with --round-to {NAS_STEP})"
-            )
-        # It takes int(2 * ffn_mult * width / 3), of ffn_mult with six decimals, and rounds up.
-        mlp = {"ffn_mult": round(1.5 * (inner - 0.5) / width, 6)}
-    return {"attention": attention, "ffn": mlp}
-
-
-CARRIERS = {"nemotron-nas": (_nemotron_nas, NEMOTRON_NAS), "openelm": (_openelm, OPENELM)}
+CARRIERS = {"nemotron-nas": (nemotron_nas, NEMOTRON_NAS), "openelm": (openelm, OPENELM)}

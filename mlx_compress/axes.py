@@ -13,9 +13,10 @@ from functools import cached_property
 
 import numpy as np
 
-from .axis_rules import INDEXED, INPUT, Inference, freeze_all
+from .axis_rules import INDEXED, INPUT, RULES
 from .dims import Axis, Dim, factors, freeze, leaves, size_of
 from .graph import Graph, Node
+from .inference import Inference, freeze_all
 from .roles import Roles
 
 OUTPUT = "the model's output"
@@ -153,7 +154,7 @@ def _infer(graph: Graph) -> Inference:
         why = None if value in used else "not used by the traced call"
         inference.axes[value] = inference.fresh(value, frozen=why)
     for position, node in enumerate(graph.nodes):
-        inference.follow(position, node)
+        inference.follow(position, node, RULES)
     for value in graph.outputs:
         freeze_all(inference.axes[value], OUTPUT)
     return inference

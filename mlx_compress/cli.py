@@ -4,12 +4,21 @@ Exit codes: 0 ok, 2 usage or bad input, 3 a check or gate failed, 4 not enough m
 Nothing heavy is imported before a command runs, so `--help` answers at once.
 """
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .arguments import (
+    names_among,
+    pairs_of,
+    pruning_options,
+    required,
+    rounds_of,
+    sizes_of,
+    statistics_folder,
+    training_options,
+)
 from .distill_command import Iters, LearningRate, Loss, distill, refuse_unused
 from .errors import InputError, exit_on_error
 from .flags import (
@@ -56,15 +65,7 @@ from .flags import (
     Trials,
     Trust,
 )
-from .options import (
-    EXPORTS,
-    METHODS,
-    DistillOptions,
-    ExportOptions,
-    Options,
-    among,
-    read_target,
-)
+from .options import EXPORTS, METHODS, DistillOptions, ExportOptions, Options
 
 DEFAULT, EXPORT, TRAINING = Options(), ExportOptions(), DistillOptions()
 DEFAULT_DIMS = ",".join(DEFAULT.dims)
@@ -130,16 +131,16 @@ def compress(
     """
     if ctx.invoked_subcommand is not None:
         return
-    options = _options(ctx.params)
+    options = pruning_options(ctx.params)
     if plan is None:
         options.require_amount()
-    given = [_given(*pair) for pair in (
+    given = [required(*pair) for pair in (
         ("--model", model), ("--mlx-path", mlx_path), ("--data", data)
     )]  # fmt: skip
-    targets = [] if export is None else _names("--export", export, EXPORTS)
+    targets = [] if export is None else names_among("--export", export, EXPORTS)
     places = {name: given[1] / name for name in targets}
-    rounds = _rounds(methods)
-    kept = _kept(statistics, no_statistics)
+    rounds = rounds_of(methods)
+    kept = statistics_folder(statistics, no_statistics)
     from . import jobs, ship, training_jobs
 
     ship.check_places(places, EXPORT)
@@ -149,7 +150,7 @@ def compress(
             if value:
                 raise InputError(f"--{name}: not together with --methods {methods}; do one by one.")
         training_jobs.prune_and_distill(
-            *given, options, _training(ctx.params), rounds=rounds, kept=kept,
+            *given, options, training_options(ctx.params), rounds=rounds, kept=kept,
             trust=trust_remote_code,
         )  # fmt: skip
     else:
@@ -194,7 +195,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Prune and save, or only show the plan with --dry-run."""
-    options = _options(ctx.params)
+    options = pruning_options(ctx.params)
     if plan is None:
         options.require_amount()
     if not dry_run and mlx_path is None:
@@ -204,7 +205,7 @@ def prune(
     jobs.prune(
         model, None if dry_run else mlx_path, data, options,
         plan=plan, save_plan=save_plan, carrier=carrier, biases=biases,
-        kept=_kept(statistics, no_statistics), trust=trust_remote_code, as_json=as_json,
+        kept=statistics_folder(statistics, no_statistics), trust=trust_remote_code, as_json=as_json,
     )  # fmt: skip
 
 
@@ -232,7 +233,7 @@ def evaluate(
     from . import jobs
 
     jobs.evaluate(
-        model, dense, _given("--data", data), _options(ctx.params), output=output,
+        model, dense, required("--data", data), pruning_options(ctx.params), output=output,
         trust=trust_remote_code, as_json=as_json,
     )  # fmt: skip
 
@@ -286,17 +287,17 @@ def export_model(
 ) -> None:
     """Write a model for ONNX Runtime, Core ML, torch or MLX, and prove it equal."""
     options = ExportOptions(
-        dtype=dtype, quantize=quantize, group_size=group_size, sizes=_sizes(sizes),
+        dtype=dtype, quantize=quantize, group_size=group_size, sizes=sizes_of(sizes),
         minimum_deployment_target=minimum_deployment_target, compute_units=compute_units,
         stateful=stateful, kv_cache=kv_cache, seed=seed,
     )  # fmt: skip
-    names = _names("--to", to, EXPORTS)
+    names = names_among("--to", to, EXPORTS)
     places = {name: output if len(names) == 1 else output / name for name in names}
     from . import ship
 
     ship.export_model(
         model, places, options, data=data, cached=not no_cache, trust=trust_remote_code,
-        metadata=_pairs("--metadata", metadata or []),
+        metadata=pairs_of("--metadata", metadata or []),
     )  # fmt: skip
 
 
@@ -333,75 +334,6 @@ def demo(
 
 
 app.command("distill")(distill)
-
-
-def _options(params: dict) -> Options:
-    """The `Options` among a command's parameters."""
-    known = {k: v for k, v in params.items() if k in Options.__dataclass_fields__ and v is not None}
-    if isinstance(known.get("dims"), str):
-        known["dims"] = tuple(part.strip() for part in known["dims"].split(",") if part.strip())
-    known["ignored_layers"] = tuple(known.get("ignored_layers") or ())
-    if params.get("target") is not None:
-        known |= read_target(params["target"])
-    return Options(**known)
-
-
-def _training(params: dict) -> DistillOptions:
-    """The `DistillOptions` among a command's parameters."""
-    known = DistillOptions.__dataclass_fields__
-    return DistillOptions(**{k: v for k, v in params.items() if k in known})
-
-
-def _rounds(methods: str) -> int:
-    """How often to distil behind pruning; 0: only prune."""
-    names = [part.strip() for part in methods.split(",") if part.strip()]
-    among("--methods", tuple(names), METHODS)
-    if names == ["prune"]:
-        return 0
-    rounds = len(names) // 2
-    if names != ["prune", "distill"] * rounds:
-        raise InputError(f"--methods {methods}: write it as prune,distill, once or several times.")
-    return rounds
-
-
-def _kept(statistics: Path | None, no_statistics: bool) -> Path | None:
-    """The folder to keep statistics in, if any."""
-    if statistics is not None and no_statistics:
-        raise InputError("--statistics and --no-statistics: give one of the two, not both.")
-    from .store import default_folder
-
-    return None if no_statistics else (statistics or default_folder()).expanduser()
-
-
-def _names(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    among(flag, tuple(names), known)
-    return list(dict.fromkeys(names))
-
-
-def _sizes(text: str | None) -> dict[str, int | tuple[int, int]]:
-    found = {}
-    for part in (part for part in (text or "").split(",") if part.strip()):
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)(?:\.\.(\d+))?\s*", part)
-        if match is None:
-            raise InputError(f"--sizes {text}: write it as batch=1,length=1..512.")
-        name, low, high = match.groups()
-        found[name] = int(low) if high is None else (int(low), int(high))
-    return found
-
-
-def _pairs(flag: str, texts: list[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in texts]
-    for name, mark, _ in pairs:
-        if not name or not mark:
-            raise InputError(f"{flag} {name}: write it as author=Me.")
-    return {name: value for name, _, value in pairs}
-
-
-def _given(flag: str, value):
-    if value is None:
-        raise InputError(f"{flag}: is missing; see compress --help.")
-    return value
 
 
 def main() -> None:

@@ -14,9 +14,10 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
-from .axis_rules import INPUT, Inference
+from .axis_rules import INPUT
 from .dims import Axis, Dim, factors, is_wild, leaves, size_of
 from .graph import Graph, Node, dynamic_values
+from .inference import Inference
 
 
 @dataclass

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_compress.axes import _coordinates
-from mlx_compress.axis_rules import Inference
+from mlx_compress.axis_rules import RULES
 from mlx_compress.dims import (
     Misaligned,
     blend,
@@ -25,6 +25,7 @@ from mlx_compress.dims import (
     unify,
 )
 from mlx_compress.graph import trace
+from mlx_compress.inference import Inference
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32)
@@ -387,7 +388,7 @@ def test_removing_whole_units_commutes_with_every_operation(seed):
     for value in graph.parameters.values():
         inference.axes[value] = inference.fresh(value)
     for position, node in enumerate(graph.nodes):
-        inference.follow(position, node)
+        inference.follow(position, node, RULES)
     masks = random_masks([axis for axes in inference.axes.values() for axis in axes], seed)
     full = {i: rng.integers(0, 2**40, graph.values[i].shape) for i in graph.parameters.values()}
     alive = {i: [survivors(axis, masks) for axis in axes] for i, axes in inference.axes.items()}
