@@ -8,16 +8,18 @@ within each layer or over all of them; and in one step, or in several with every
 between. Top-1 on 1,000 test images as the network comes out, and with the statistics of its batch
 norms taken anew on the images that the criteria read, which are shifted and mirrored as they were
 in training. The table takes for each figure the best setting by that very figure, which is kinder
-than a user can be.
+than a user can be. Rows are written as they come, and those in the file are not made again.
 """
 
 import argparse
 import copy
 import importlib.metadata
+import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -257,28 +259,33 @@ def with_new_statistics(module: nn.Module, images) -> nn.Module:
     return module.eval()
 
 
-def torch_pruning_rows(data: Path, depth: int, macs: float, images, labels) -> list[PeerRow]:
+def torch_pruning_rows(
+    data: Path, depth: int, macs: float, images, labels, known: Collection[tuple[str, str]] = ()
+) -> Iterator[PeerRow]:
     """Every criterion by every setting, with `macs` of the MACs left (0-1).
 
     `images` [N, 3, 32, 32] and `labels` [N] are what criteria and statistics are taken from.
-    Settings that cannot meet `macs` are left out. Raises `InputError` where the weights are not
-    there.
+    `known` are criteria and settings to leave out; so are settings that cannot meet `macs`. Raises
+    `InputError` where the weights are not there.
     """
     module = trained_resnet(data, depth)
     if module is None:
         raise InputError(f"{data}: no weights of ResNet-{depth} in cnn-resnet-cifar10.")
     seen = torch.from_numpy(images), torch.from_numpy(labels)
     test = tuple(map(torch.from_numpy, cifar10_test(data)))
-    return list(setting_rows(module, macs, seen, test))
+    return setting_rows(module, macs, seen, test, known)
 
 
-def setting_rows(module: nn.Module, macs: float, seen: tuple, test: tuple) -> Iterator[PeerRow]:
+def setting_rows(module, macs: float, seen: tuple, test: tuple, known) -> Iterator[PeerRow]:
     dense = size(module)
     for family, start in (("inner", module), ("all", followed(module))):
         for name, criterion in CRITERIA.items():
             score = partial(scored, criterion=criterion, images=seen[0], labels=seen[1])
-            importance = score(start)
-            for scope, steps in SETTINGS[family]:
+            settings = {f"{family}, {scope}, {steps}": (scope, steps)
+                        for scope, steps in SETTINGS[family]}  # fmt: skip
+            asked = {words: s for words, s in settings.items() if (name, words) not in known}
+            importance = score(start) if asked else None
+            for words, (scope, steps) in asked.items():
                 try:
                     smaller = in_steps(start, importance, score, family, scope, steps, macs)
                 except InputError:
@@ -286,7 +293,7 @@ def setting_rows(module: nn.Module, macs: float, seen: tuple, test: tuple) -> It
                 left = [now / before for now, before in zip(size(smaller), dense, strict=True)]
                 fresh = with_new_statistics(smaller, seen[0])
                 figures = accuracy(smaller, *test), accuracy(fresh, *test)
-                yield PeerRow(name, f"{family}, {scope}, {steps}", *left, *figures)
+                yield PeerRow(name, words, *left, *figures)
 
 
 def best(rows: list[PeerRow], figure: str) -> dict[str, PeerRow]:
@@ -324,13 +331,29 @@ def main(argv: list[str] | None = None) -> None:
 def _run(args) -> None:
     images, labels = (array[: args.images] for array in cifar10_train(args.data))
     images = as_in_training(images, seed=0)
-    networks = []
-    for depth in map(int, args.depths.split(",")):
-        for speedup in map(float, args.speedups.split(",")):
-            rows = torch_pruning_rows(args.data, depth, 1 / speedup, images, labels)
-            networks.append({"depth": depth, "speedup": speedup, "rows": rows})
-            write_report(_report(args.images, networks), args.out)
-    Console(width=150).print(table(networks))
+    networks = _known(args.out, args.images)
+    for depth, speedup in product(args.depths.split(","), args.speedups.split(",")):
+        key = int(depth), float(speedup)
+        rows = networks.setdefault(key, [])
+        known = {(row.criterion, row.settings) for row in rows}
+        for row in torch_pruning_rows(args.data, key[0], 1 / key[1], images, labels, known):
+            rows.append(row)
+            write_report(_report(args.images, _listed(networks)), args.out)
+    Console(width=150).print(table(_listed(networks)))
+
+
+def _known(file: Path, images: int) -> dict[tuple[int, float], list[PeerRow]]:
+    """The rows of an earlier run on as many images, by depth and speed-up."""
+    held = json.loads(file.read_text()) if file.exists() else {"images": None}
+    if held["images"] != images:
+        return {}
+    return {(n["depth"], n["speedup"]): [PeerRow(**row) for row in n["rows"]]
+            for n in held["networks"]}  # fmt: skip
+
+
+def _listed(networks: dict[tuple[int, float], list[PeerRow]]) -> list[dict]:
+    return [{"depth": depth, "speedup": speedup, "rows": rows}
+            for (depth, speedup), rows in networks.items()]  # fmt: skip
 
 
 def _report(images: int, networks: list[dict]) -> dict:
