@@ -81,7 +81,7 @@ PRUNING = {
 }  # fmt: skip
 TRAINING = {
     "encoder": {"learning_rate": 3e-4, "max_seq_length": 32},
-    "resnet": {"learning_rate": 1e-3},
+    "resnet": {"learning_rate": 2e-4},
 }
 
 

@@ -164,17 +164,17 @@ def main(argv: list[str] | None = None) -> None:
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     console = Console(width=120)
     if "overhead" in args.parts:
-        result["overhead"] = overhead(args.repeats, args.batch_size, args.length)
-        write_report(result | machine(), args.out)
-        found = result["overhead"]
+        found = overhead(args.repeats, args.batch_size, args.length)
+        result["overhead"] = found | machine()
+        write_report(result, args.out)
         console.print(
             f"a step takes {found['ratio']:.2f} x its bare passes; {found['tokens_per_second']:.0f}"
             f" tokens/s, predicted {found['predicted']:.0f}"
         )
     if "size" in args.parts:
         with tempfile.TemporaryDirectory() as scratch:
-            result["size"] = sized(args.length, Path(scratch))
-        write_report(result | machine(), args.out)
+            result["size"] = sized(args.length, Path(scratch)) | machine()
+        write_report(result, args.out)
         console.print(table(result["size"]))
 
 

@@ -246,6 +246,8 @@ class Calibration:
             name: float(self.losses(plan, cut, self.held_out).mean()) for name, cut in cuts.items()
         }
         best = min(judged, key=judged.get)
+        if best == "sequential":
+            closed.forget(sequential.fitted)
         return cuts[best], {"method": best, "held_out": judged}
 
     def _recalibrated(self, plan: PrunePlan) -> tuple[Cutter, dict]:

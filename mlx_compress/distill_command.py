@@ -112,9 +112,9 @@ def distill(
     patience: Patience = DEFAULT.patience,
     on_policy: _number("--on-policy", "Fraction of steps on text that the student writes, 0-1.")
     = DEFAULT.on_policy,
-    hidden_weight: _number("--hidden-weight", "Of holding what blocks hand on to the teacher's.")
+    hidden_weight: _number("--hidden-weight", "How much blocks' outputs are to be the teacher's.")
     = DEFAULT.hidden_weight,
-    attention_weight: _number("--attention-weight", "Of holding attention maps to the teacher's.")
+    attention_weight: _number("--attention-weight", "How much attention maps are to be.")
     = DEFAULT.attention_weight,
     attribution: Attribution = DEFAULT.attribution,
     attribution_weight: _number("--attribution-weight", "Of it, where it is aligned.")

@@ -27,6 +27,7 @@ from .distill_text import Live, NextToken, Teacher
 from .errors import InputError
 from .explained import Explainer, Traced
 from .gate import rejected, require_drop
+from .inner import inside_bytes
 from .options import DIVERGENCES, DistillOptions, among
 from .plan import PrunePlan
 from .recipe import Planned, save_pruned
@@ -138,25 +139,16 @@ def _check(options: DistillOptions, target_dir: Path | None) -> None:
     """Refuse what does not go together, before the long part."""
     if options.loss is not None:
         among("--loss", (options.loss,), DIVERGENCES)
-    live_only = {
-        "--attribution": options.attribution, "--on-policy": options.on_policy,
-        "--hidden-weight": options.hidden_weight, "--attention-weight": options.attention_weight,
-    }  # fmt: skip
-    for flag, wanted in live_only.items():
-        if target_dir is not None and wanted:
-            raise InputError(f"{flag}: asks the teacher itself; not together with --target-dir.")
+    if target_dir is not None and options.live_only:
+        raise InputError(
+            f"{options.live_only[0]}: asks the teacher itself; not together with --target-dir."
+        )
+    if options.grad_checkpoint and options.held_only:
+        raise InputError(
+            f"{options.held_only[0]}: needs what --grad-checkpoint does not hold; leave one out."
+        )
     if options.on_policy and options.hard_labels == 1:
         raise InputError("--on-policy: the student's own text has no labels; lower --hard-labels.")
-    if options.attribution == "align" and options.grad_checkpoint:
-        raise InputError(
-            "--attribution align: takes a second derivative, which --grad-checkpoint has none of; "
-            "leave one out."
-        )
-    if options.looks_inside and options.grad_checkpoint:
-        raise InputError(
-            "--hidden-weight, --attention-weight: hold what --grad-checkpoint would not; leave "
-            "one out."
-        )
 
 
 @dataclass
@@ -237,6 +229,7 @@ def _require_memory(teacher, student, options: DistillOptions, *, with_teacher: 
     beside = teacher_bytes(teacher) if with_teacher and asked else 0
     if options.attribution is not None and beside != loaded_bytes(teacher):
         beside += loaded_bytes(teacher)
+    beside += inside_bytes(teacher.trace(window), options) * options.batch_size
     module, trained = student.module(), None
     if options.lora_rank:
         adapted = tree_flatten(student_of(student, options).trainable_parameters())

@@ -16,7 +16,7 @@ from .blocks import blocks_of
 from .errors import InputError
 from .execute import run
 from .graph import Graph
-from .inner import Matching, Values, block_weights
+from .inner import WEIGHED, Matching, Values, block_weights
 from .losses import LOSSES
 from .matching import HIDDEN_MEASURES
 from .options import DIVERGENCES, EMBEDDING_LOSSES, DistillOptions, among
@@ -49,6 +49,7 @@ class Answers:
         self.options = replace(self.options, batch_size=self.train.size)
         kinds = EMBEDDING_LOSSES if self.train.task.embeds else DIVERGENCES
         among("--loss", (self.loss,), kinds)
+        self.matching = self._matching() if self.options.looks_inside else None
         self.told = asked(self.teacher, self.train)
         self.rests_on = self._explained() if self.options.attribution == "align" else None
         self.told_held_out = asked(self.teacher, self.held_out)
@@ -59,12 +60,8 @@ class Answers:
                 f"--teacher: answers in the shape {theirs}, the student in {own}; both need the "
                 "same classes, or embeddings of one width."
             )
-        self.matching = self._matching() if self.options.looks_inside else None
-        if self.options.attribution == "weights" and self.matching is None:
-            raise InputError(
-                "--attribution weights: weighs a saved program's blocks; give --hidden-weight or "
-                "--attention-weight too."
-            )
+        if self.matching is not None and self.options.attribution == "weights":
+            self.matching.weights = self._block_weights(len(self.matching.pairs))
 
     def _explained(self) -> mx.array:
         """What the teacher's answers to the samples rest on, [S, rows, T]."""
@@ -84,13 +81,17 @@ class Answers:
 
     def _matching(self) -> Matching:
         """How what is inside the programs is compared."""
+        return Matching(self.graph, self._teacher[0], self.options)
+
+    def _block_weights(self, count: int) -> mx.array:
+        """How much the student's blocks count, [S]."""
         graph, weights = self._teacher
-        matching = Matching(self.graph, graph, self.options)
-        if self.options.attribution == "weights":
-            inputs, blocks = self.train.batches[0], blocks_of(graph)
-            shares_BL = block_shares(graph, inputs, weights, self._explaining(0), blocks)
-            matching.weights = block_weights(shares_BL, len(matching.pairs))
-        return matching
+        blocks, found = blocks_of(graph), []
+        for b in range(min(len(self.train.batches), -(-WEIGHED // self.train.size))):
+            inputs = self.train.batches[b]
+            found.append(block_shares(graph, inputs, weights, self._explaining(b), blocks))
+            mx.eval(found[-1])
+        return block_weights(mx.concatenate(found), count)
 
     @property
     def loss(self) -> str:
@@ -107,7 +108,7 @@ class Answers:
             path: array.astype(mx.float32) for path, array in held.items()
             if mx.issubdtype(array.dtype, mx.floating) and path not in frozen
         }  # fmt: skip
-        return own if self.matching is None else own | self.matching.projections
+        return own if self.matching is None else own | self.matching.start()
 
     def gradients(self, weights: Weights, step: int, t: float) -> tuple[mx.array, Weights]:
         batches = batch_rows(self.options, step, len(self.train))
@@ -178,7 +179,7 @@ class Answers:
             apart = misalignment(_rows_of(batch, found), maps).mean()
             total = total + self.options.attribution_weight * apart
         if self.matching is not None:
-            mask = batch.masks[0] if batch.masks else mx.ones(inputs[0].shape[:2])
+            mask = batch.masks[0] if batch.masks else None
             total = total + self.matching.loss(own_inner, inner, mask, weights)
         return total
 

@@ -15,7 +15,14 @@ from .errors import InputError
 from .explained import Explainer, Traced
 from .graph import Graph
 from .heads import Head, first_array, head_of
-from .inner import Matching, Values, block_weights, only_projections, without_projections
+from .inner import (
+    WEIGHED,
+    Matching,
+    Values,
+    block_weights,
+    only_projections,
+    without_projections,
+)
 from .losses import cross_entropy
 from .options import DIVERGENCES, DistillOptions, among
 from .token_loss import Batch, Split, divergence_of, gradients
@@ -32,7 +39,6 @@ Teacher = Callable[[Text, np.ndarray, mx.array], tuple[mx.array, ...]]
 Write = Callable[[nn.Module, mx.array, int, mx.array], mx.array]
 # Logits of a batch beyond the first are never whole; as many tokens at a time as fit the second.
 LOGITS_BYTES, CHUNK_BYTES, LEAST_CHUNK = 2**28, 2**25, 16
-WEIGHED = 16  # windows by whose attributions blocks are weighed
 
 
 class Live:
@@ -66,9 +72,9 @@ class NextToken:
     """The trainable parameters of `student`, and the options' loss on the text `train`.
 
     A `training.Objective`. Of the logits the first `count` are compared. Held out are
-    `cross_entropy` and `divergence`, nats per token; plain fine-tuning asks no teacher. The student
-    computes in the options' dtype. With a weight for what is inside the models, the teacher has to
-    be `Live`. Raises `InputError` for no windows.
+    `cross_entropy` and `divergence`, nats per token; plain fine-tuning asks no teacher, unless what
+    is inside it is matched, for which it has to be `Live`. The student computes in the options'
+    dtype. Raises `InputError` for no windows.
     """
 
     student: nn.Module
@@ -103,7 +109,7 @@ class NextToken:
         self.apart = self._split()
         self.matching = self._matching()
         if self.matching is not None:
-            self._start |= self.matching.projections
+            self._start |= self.matching.start()
 
     def _split(self) -> Split | None:
         """Where the logits of a batch are large, and heads come apart."""
@@ -130,8 +136,7 @@ class NextToken:
         own = self.traced.graph(inputs_BT, self.apart and self.apart.head)
         matching = Matching(own, self.teacher.graph(inputs_BT), self.options)
         if self.options.attribution == "weights":
-            first = np.arange(min(WEIGHED, len(self.train.tokens)))
-            shares_BL = self.explainer.block_shares(self.train, first)
+            shares_BL = self.explainer.block_shares(self.train, WEIGHED)
             matching.weights = block_weights(shares_BL, len(matching.pairs))
         return matching
 
@@ -149,13 +154,13 @@ class NextToken:
         parts = [self.workers.part(part) for part in rows]
         if rng.random() < self.options.on_policy:
             keys = rng.integers(2**32, size=(len(parts), self.workers.count))
-            batches = [self._own(part, int(key[self.workers.rank]))
-                       for part, key in zip(parts, keys, strict=True)]  # fmt: skip
+            batches = (self._own(part, int(key[self.workers.rank]))
+                       for part, key in zip(parts, keys, strict=True))  # fmt: skip
         else:
-            batches = [self._explained(self._batch(self.train, p), p, step) for p in parts]
+            batches = (self._explained(self._batch(self.train, p), p, step) for p in parts)
         return gradients(
             self.traced, batches, self.options, t, self.count, self.workers, self.apart,
-            self.matching,
+            self.matching, only_projections(weights),
         )  # fmt: skip
 
     def _own(self, rows: np.ndarray, seed: int) -> Batch:
@@ -165,14 +170,13 @@ class NextToken:
         prompts_BP = mx.array(self.train.tokens[rows, :prompt])
         tokens_BT = self.write(self.student, prompts_BP, length - prompt, mx.random.key(seed))
         written = mx.broadcast_to(mx.arange(length) >= prompt, tokens_BT.shape)
-        batch = Batch(tokens_BT, written.astype(mx.float32), (), own=True)
+        batch = Batch(tokens_BT, written.astype(mx.float32), own=True)
         return self._answered(batch, self.train, rows)
 
     def _explained(self, batch: Batch, rows: np.ndarray, step: int) -> Batch:
         """With what the options ask of attributions at this step."""
         if self.options.attribution == "weights":
-            on = self.explainer.token_weights(self.train, rows)
-            return batch._replace(weights=batch.weights * on)
+            return batch._replace(shares=self.explainer.token_weights(self.train, rows))
         turn, left = divmod(step, self.options.attribution_every)
         if self.options.attribution != "align" or left:
             return batch
@@ -197,7 +201,7 @@ class NextToken:
                     targets = tuple(map(self.apart.project, targets))
                 found["divergence"] = divergence_of(own, targets, self.options, count=self.count)
             for name, nats in found.items():
-                sums[name] = sums[name] + mx.where(batch.weights[:, 1:] != 0, nats, 0).sum()
+                sums[name] = sums[name] + mx.where(batch.mask[:, 1:] != 0, nats, 0).sum()
             mx.eval(sums)
         sums = self.workers.sum(sums)
         return {name: sums[name].item() / max(1, sums["tokens"].item()) for name in names}
@@ -210,12 +214,10 @@ class NextToken:
     def _set(self, weights: Weights) -> None:
         own = without_projections(weights)
         self.student.update(tree_unflatten([(p, a.astype(self.dtype)) for p, a in own.items()]))
-        if self.matching is not None:
-            self.matching.projections = only_projections(weights)
 
     def _batch(self, text: Text, rows: np.ndarray, *, inside: bool = True) -> Batch:
-        weights_BT = mx.array(text.mask[rows].astype(np.float32))
-        batch = Batch(mx.array(text.tokens[rows]), weights_BT, ())
+        mask_BT = mx.array(text.mask[rows].astype(np.float32))
+        batch = Batch(mx.array(text.tokens[rows]), mask_BT)
         return self._answered(batch, text, rows, inside=inside)
 
     def _answered(self, batch: Batch, text: Text, rows: np.ndarray, *, inside=True) -> Batch:

@@ -98,11 +98,16 @@ class Explainer:
         shares = maps / maps.mean(axis=-1, keepdims=True)
         return mx.concatenate([shares, mx.ones((len(rows), 1))], axis=1)
 
-    def block_shares(self, text: Text, rows: np.ndarray) -> mx.array:
-        """How much all views of some windows rest on each block of the teacher, [B, L]."""
-        inputs_BT = mx.array(text.tokens[rows, :-1])
-        views = [self.view(text, rows, n)[:2] for n in range(self.options.attribution_views)]
-        return sum(self.teacher.block_shares(inputs_BT, *view) for view in views) / len(views)
+    def block_shares(self, text: Text, count: int) -> mx.array:
+        """How much views of the first `count` windows rest on each block of the teacher, [N, L]."""
+        found, size = [], self.options.batch_size
+        for start in range(0, min(count, len(text.tokens)), size):
+            rows = np.arange(start, min(start + size, len(text.tokens)))
+            for number in range(self.options.attribution_views):
+                view = self.view(text, rows, number)[:2]
+                found.append(self.teacher.block_shares(mx.array(text.tokens[rows, :-1]), *view))
+                mx.eval(found[-1])
+        return mx.concatenate(found)
 
     def _position(self, row: int, number: int, text: Text) -> int:
         """In the last three quarters, where there is something to rest on."""

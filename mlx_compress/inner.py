@@ -12,6 +12,7 @@ Jiao et al., 2019 (TinyBERT), https://arxiv.org/abs/1909.10351
 B rows of a batch, T tokens, D and E widths of student and teacher, S blocks of the student.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -25,67 +26,104 @@ from .options import DistillOptions
 from .training_state import Weights
 
 PROJECTION = " projection "  # before a block's number, beside parameters' paths without spaces
+WEIGHED = 16  # windows or samples by whose attributions blocks are weighed
 Values = Mapping[int, mx.array]  # of a graph, by id
+Ids = tuple[int, int]  # of a value of the student, and of the teacher's
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is compared of two blocks: what they hand on, and their attention maps."""
+
+    states: tuple[Ids, ...]
+    maps: tuple[Ids, ...]
 
 
 @dataclass
 class Matching:
     """How the values inside a student's graph are compared with those in a teacher's.
 
-    `weights` [S] are those of the blocks, 1 on average. `projections` are what is learnt along.
-    Raises `InputError` for graphs in which there is nothing to compare.
+    `weights` [S] are those of the blocks, 1 on average. Values of shapes that cannot be compared
+    are left out. Raises `InputError` where nothing is left.
     """
 
     own: Graph
     theirs: Graph
     options: DistillOptions
     weights: mx.array | None = None
-    pairs: list[tuple[Block, Block]] = field(init=False)
-    projections: Weights = field(init=False)
+    pairs: list[Pair] = field(init=False)
 
     def __post_init__(self):
         own, theirs = blocks_of(self.own), blocks_of(self.theirs)
         if not own or not theirs:
             raise InputError("--hidden-weight, --attention-weight: no blocks were found to match.")
         ends = [group[-1] for group in groups(len(own), len(theirs))]
-        self.pairs = [(block, theirs[end]) for block, end in zip(own, ends, strict=True)]
-        if self.options.attention_weight and not any(a.maps and b.maps for a, b in self.pairs):
-            raise InputError("--attention-weight: no block of both models has attention maps.")
-        self.projections = {}
-        for s, (a, b) in enumerate(self.pairs if self.options.hidden_weight else ()):
-            width, wider = self.own.values[a.end].shape[-1], self.theirs.values[b.end].shape[-1]
-            if width != wider:
-                key = mx.random.split(mx.random.key(self.options.seed), len(self.pairs))[s]
-                drawn = mx.random.normal((width, wider), key=key) * width**-0.5
-                self.projections[f"{PROJECTION}{s}"] = drawn
+        self.pairs = [self._pair(a, theirs[end]) for a, end in zip(own, ends, strict=True)]
+        for name, what in (("states", "--hidden-weight"), ("maps", "--attention-weight")):
+            wanted = getattr(self.options, what[2:].replace("-", "_"))
+            if wanted and not any(getattr(pair, name) for pair in self.pairs):
+                raise InputError(
+                    f"{what}: no block of the student has {NAMES[name]} of the shape of those of "
+                    "the teacher's block; leave it out."
+                )
+
+    def _pair(self, a: Block, b: Block) -> Pair:
+        shapes = [{i: graph.values[i].shape for i in (block.end, *block.maps)}
+                  for graph, block in ((self.own, a), (self.theirs, b))]  # fmt: skip
+        states, maps = [], []
+        if self.options.hidden_weight and shapes[0][a.end][:-1] == shapes[1][b.end][:-1]:
+            states.append((a.end, b.end))
+        if self.options.attention_weight and len(a.maps) == len(b.maps):
+            maps = [(i, j) for i, j in zip(a.maps, b.maps, strict=True)
+                    if shapes[0][i][-2:] == shapes[1][j][-2:]]  # fmt: skip
+        return Pair(tuple(states), tuple(maps))
+
+    def start(self) -> Weights:
+        """What is learnt along, as it is before the first step: a projection by block."""
+        found = {}
+        keys = mx.random.split(mx.random.key(self.options.seed), len(self.pairs))
+        for s, pair in enumerate(self.pairs):
+            for i, j in pair.states:
+                width, wider = self.own.values[i].shape[-1], self.theirs.values[j].shape[-1]
+                if width != wider:
+                    drawn = mx.random.normal((width, wider), key=keys[s]) * width**-0.5
+                    found[f"{PROJECTION}{s}"] = drawn
+        return found
 
     @property
     def own_taps(self) -> tuple[int, ...]:
-        return tuple(i for a, _ in self.pairs for i in (a.end, *a.maps))
+        return tuple(i for pair in self.pairs for i, _ in (*pair.states, *pair.maps))
 
     @property
     def their_taps(self) -> tuple[int, ...]:
-        return tuple(i for _, b in self.pairs for i in (b.end, *b.maps))
+        return tuple(j for pair in self.pairs for _, j in (*pair.states, *pair.maps))
 
-    def loss(self, own: Values, theirs: Values, mask: mx.array, projections: Weights) -> mx.array:
+    def loss(
+        self, own: Values, theirs: Values, mask: mx.array | None, projections: Weights
+    ) -> mx.array:
         """The weighted mean over blocks, a scalar, of the values of one batch.
 
         `mask` [B, T] says which tokens count; values without tokens count whole.
         """
         total = mx.zeros(())
-        for s, (a, b) in enumerate(self.pairs):
+        for s, pair in enumerate(self.pairs):
             found = mx.zeros(())
-            if self.options.hidden_weight:
-                found = self.options.hidden_weight * hidden_loss(
-                    own[a.end], theirs[b.end], _over(mask, own[a.end]), measure="cosine",
+            for i, j in pair.states:
+                apart = hidden_loss(
+                    own[i], theirs[j], _counts(mask, own[i].shape[:-1]), measure="cosine",
                     projection_DE=projections.get(f"{PROJECTION}{s}"),
                 )  # fmt: skip
-            if self.options.attention_weight and a.maps:
-                maps = [attention_loss(_heads(own[i]), _heads(theirs[j]), mask)
-                        for i, j in zip(a.maps, b.maps, strict=False)]  # fmt: skip
-                found = found + self.options.attention_weight * sum(maps) / max(1, len(maps))
+                found = found + self.options.hidden_weight * apart
+            for i, j in pair.maps:
+                maps = _heads(own[i])
+                queries = _counts(mask, (maps.shape[0], maps.shape[2]))
+                apart = attention_loss(maps, _heads(theirs[j]), queries)
+                found = found + self.options.attention_weight * apart / len(pair.maps)
             total = total + (found if self.weights is None else self.weights[s] * found)
         return total / len(self.pairs)
+
+
+NAMES = {"states": "outputs", "maps": "attention maps"}
 
 
 def groups(own: int, theirs: int) -> list[range]:
@@ -108,6 +146,14 @@ def block_weights(shares_BL: mx.array, count: int) -> mx.array:
     return sums / sums.mean()
 
 
+def inside_bytes(graph: Graph, options: DistillOptions) -> int:
+    """What is held of the teacher's values, in float32, at the shape of `graph`."""
+    blocks = blocks_of(graph) if options.looks_inside else []
+    ids = [block.end for block in blocks if options.hidden_weight]
+    ids += [i for block in blocks if options.attention_weight for i in block.maps]
+    return sum(4 * math.prod(graph.values[i].shape) for i in ids)
+
+
 def only_projections(weights: Weights) -> Weights:
     return {path: array for path, array in weights.items() if path.startswith(PROJECTION)}
 
@@ -116,12 +162,13 @@ def without_projections(weights: Weights) -> Weights:
     return {path: array for path, array in weights.items() if not path.startswith(PROJECTION)}
 
 
-def _over(mask: mx.array, value: mx.array) -> mx.array:
-    """A mask for all but the last axis of a value."""
-    return mask if mask.shape == value.shape[:-1] else mx.ones(value.shape[:-1])
+def _counts(mask: mx.array | None, shape: tuple[int, ...]) -> mx.array:
+    """A mask for a value of `shape` [..., B, T]; ones where it has no such axes."""
+    if mask is not None and shape[-2:] == mask.shape:
+        return mx.broadcast_to(mask, shape)
+    return mx.ones(shape)
 
 
 def _heads(maps: mx.array) -> mx.array:
     """[B, H, T, S], where heads may stand in groups."""
     return maps.reshape(len(maps), -1, *maps.shape[-2:])
-

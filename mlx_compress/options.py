@@ -128,11 +128,11 @@ class DistillOptions:
     A step reads `grad_accumulation_steps` batches of `batch_size` windows of `max_seq_length`
     tokens. The learning rate rises over `warmup` steps, at most a
     tenth of all, then falls along a cosine to 0 at `iters`.
-    `hard_labels` is the weight of the text's own next tokens (0 to 1) beside the teacher's; at 1
-    no teacher is asked. Gradients are clipped to the global norm `clip`. `val_samples` windows are
-    held out; their loss is taken every `steps_per_eval` steps, the weights of the lowest are kept,
-    and after `patience` of those without a better one the run ends. With `mask_prompt` only answers
-    are learnt from. `dtype` is that of the student's arithmetic; its weights are held in float32.
+    `hard_labels` is the weight of the text's own next tokens (0 to 1) beside the teacher's, which
+    at 1 are not asked for. Gradients are clipped to the global norm `clip`. `val_samples` windows
+    are held out; their loss is taken every `steps_per_eval` steps, the weights of the lowest are
+    kept, and after `patience` of those without a better one the run ends. With `mask_prompt` only
+    answers are learnt from. `dtype` is that of the student's arithmetic; its weights are float32.
     With `grad_checkpoint` layers are computed a second time instead of held. A `lora_rank` above 0
     trains adapters of that rank, which are merged at the end. Where a teacher's answers are kept on
     disk they are its `top_k` likeliest tokens. In a fraction `on_policy` of the steps the student
@@ -142,10 +142,10 @@ class DistillOptions:
     says how). With `attribution` "align" every
     `attribution_every`-th step also holds what the student's answers rest on to what the teacher's
     do, with `attribution_weight`; with "weights" tokens count as much as the teacher's answers rest
-    on them, and so do blocks where what is inside them is held to the teacher's. A window has
-    `attribution_views` of them; `attribution_steps` are those of integrated gradients.
-    `eval_samples` windows are measured at last, and `max_drop` is a gate on their loss as in
-    `Options`.
+    on them, and so do blocks where what is inside them is held to the teacher's. Of each window
+    `attribution_views` of the teacher's answers are explained; `attribution_steps` are those of
+    integrated gradients. `eval_samples` windows are measured at last, and `max_drop` is a gate on
+    their loss as in `Options`.
     """
 
     loss: str | None = None
@@ -215,6 +215,19 @@ class DistillOptions:
     def looks_inside(self) -> bool:
         """Whether values inside the models are compared."""
         return bool(self.hidden_weight or self.attention_weight)
+
+    @property
+    def live_only(self) -> list[str]:
+        """The flags of what a teacher that answers from disk cannot tell."""
+        names = ("attribution", "on_policy", "hidden_weight", "attention_weight")
+        return [_flag(name) for name in names if getattr(self, name)]
+
+    @property
+    def held_only(self) -> list[str]:
+        """The flags of what layers that are computed twice cannot give: values, and second
+        derivatives."""
+        names = [name for name in ("hidden_weight", "attention_weight") if getattr(self, name)]
+        return [_flag(name) for name in names + ["attribution"] * (self.attribution == "align")]
 
     @property
     def windows(self) -> int:

@@ -62,8 +62,8 @@ def distill(
 ) -> dict:
     """Train the student on what the teacher answers to the samples of `data`; save it to `out`.
 
-    As `distill_recipe.distill`, by one process. The teacher answers each sample once, so there is
-    no `target_dir`.
+    As `distill_recipe.distill`, by one process. The teacher answers each sample once, before the
+    training, so there is no `target_dir`; what is inside it is computed at each step.
     """
     _check(options, target_dir)
     out, started, notes = Path(out), time.perf_counter(), []
@@ -122,7 +122,12 @@ def _check(options: DistillOptions, target_dir: Path | None) -> None:
         if getattr(options, name) != getattr(plain, name):
             raise InputError(f"--{name.replace('_', '-')}: is for language models; leave it out.")
     if target_dir is not None:
-        raise InputError("--target-dir: a saved program is asked once anyway; leave it out.")
+        raise InputError("--target-dir: is for language models; leave it out.")
+    if options.attribution == "weights" and not options.looks_inside:
+        raise InputError(
+            "--attribution weights: weighs a saved program's blocks; give --hidden-weight or "
+            "--attention-weight too."
+        )
 
 
 def _run(teacher, student, options: DistillOptions, parts: tuple[Samples, ...]) -> dict:

@@ -9,14 +9,15 @@ held near the old weights where the data says nothing. With lambda infinite it i
 Lambda is chosen per layer: fitted on one half of the calibration data, judged on the other.
 
 Works for linear layers, for the experts of routed ones, and for convolutions, whose slots are the
-patch positions of each channel. Float64 throughout.
+patch positions of each channel. Float64 throughout; only to choose lambda for more than 2,048 slots
+float32 is enough.
 
 The refit is that of SlimGPT, OSSCAR (https://arxiv.org/abs/2403.12983) and others; holding it near
 the old weights rather than near zero makes a layer that loses nothing stay as it is.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -69,6 +70,11 @@ class Refit:
             mx.eval(fitted)
             self.held[path] = fitted
         return fitted
+
+    def forget(self, paths: Iterable[str]) -> None:
+        """These will not be asked for again."""
+        for path in paths if self.held else ():
+            self.held.pop(path, None)
 
 
 @dataclass

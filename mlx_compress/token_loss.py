@@ -3,7 +3,7 @@
 N windows, B rows of a batch, T tokens of a window, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -44,13 +44,15 @@ class Split:
 
 
 class Batch(NamedTuple):
-    """Windows [B, T] of which tokens count by `weights`, 0 for not at all; what the teacher says of
-    them, where attributions are aligned what one of its answers rests on, and where it is matched
-    `inside` the values there. Those that are the student's `own` words are no labels."""
+    """Windows [B, T] of which tokens count by `mask` (0 or 1), and how much by `shares`, all alike
+    without; what the teacher says of them, where attributions are aligned what one of its answers
+    rests on, and where it is matched `inside` the values there. Those that are the student's `own`
+    words are no labels."""
 
     tokens: mx.array
-    weights: mx.array
-    targets: tuple[mx.array, ...]
+    mask: mx.array
+    targets: tuple[mx.array, ...] = ()
+    shares: mx.array | None = None
     view: View | None = None
     inside: Values | None = None
     own: bool = False
@@ -70,46 +72,48 @@ def divergence_of(
 
 
 def gradients(
-    student: Traced, batches: Sequence[Batch], options: DistillOptions, t: float = 1.0,
+    student: Traced, batches: Iterable[Batch], options: DistillOptions, t: float = 1.0,
     count: int | None = None, workers: Workers = ALONE, split: Split | None = None,
-    matching: Matching | None = None,
+    matching: Matching | None = None, beside: Weights | None = None,
 ) -> tuple[mx.array, Weights]:  # fmt: skip
     """Mean loss, nats per token that counts in any of the batches, and its gradients, float32.
 
     `batches` are this process's parts of them. `t` is that of `taid`, the other losses have none.
-    A misalignment of attributions is added as a mean over rows, `matching` as one over tokens; what
-    it projects by is learnt, too.
+    A misalignment of attributions is added as a mean over rows, `matching` as one over tokens;
+    `beside` the parameters are the projections that it learns.
     """
-    def total(batch: Batch, projections: Weights) -> mx.array:
-        inputs_BT, counts_BT = batch.tokens[:, :-1], batch.weights[:, 1:] != 0
-        more = mx.zeros(())
-        if matching is not None:
-            head = None if split is None else split.head
-            output, own = student.tapped(inputs_BT, matching.own_taps, head)
-            more = matching.loss(own, batch.inside, counts_BT, projections)
-        elif split is not None:
-            output = split.head.hidden(inputs_BT)
-        else:
-            output = first_array(student.module(inputs_BT))
-        if batch.view is not None:
-            positions_B, tokens_B, theirs_BT = batch.view
-            own_BT = student.attribution(inputs_BT, positions_B, tokens_B)
-            misaligned = misalignment(own_BT, theirs_BT).mean()
-            more = more + options.attribution_weight * misaligned
-        return _nats(output, batch, options, t, count, split) + more * counts_BT.sum()
-
-    loss, sums = mx.zeros(()), None
-    learnt = matching.projections if matching is not None else {}
+    loss, tokens, sums = mx.zeros(()), mx.zeros(()), None
     for batch in batches:
-        nats, grads = _differentiated(student.module, partial(total, batch), learnt)
+        total = partial(_batch_loss, student, batch, options, t, count, split, matching)
+        nats, grads = _differentiated(student.module, total, beside or {})
         grads = {path: grad.astype(mx.float32) for path, grad in grads.items()}
         sums = grads if sums is None else tree_map(mx.add, sums, grads)
-        loss = loss + nats
-        mx.eval(loss, sums)  # one batch's activations at a time
-    tokens = sum((batch.weights[:, 1:] != 0).sum() for batch in batches)
+        loss, tokens = loss + nats, tokens + batch.mask[:, 1:].sum()
+        mx.eval(loss, tokens, sums)  # one batch's activations at a time
+        del batch, total
     shared = workers.sum({LOSS: loss, TOKENS: tokens, **sums})
     loss, tokens = shared.pop(LOSS), mx.maximum(shared.pop(TOKENS), 1)
     return loss / tokens, tree_map(lambda grad: grad / tokens, shared)
+
+
+def _batch_loss(
+    student: Traced, batch: Batch, options, t: float, count, split, matching, projections: Weights
+) -> mx.array:
+    """All that is added up for one batch, times the tokens that count."""
+    inputs_BT, mask_BT, more = batch.tokens[:, :-1], batch.mask[:, 1:], mx.zeros(())
+    if matching is not None:
+        head = None if split is None else split.head
+        output, own = student.tapped(inputs_BT, matching.own_taps, head)
+        more = matching.loss(own, batch.inside, mask_BT, projections)
+    elif split is not None:
+        output = split.head.hidden(inputs_BT)
+    else:
+        output = first_array(student.module(inputs_BT))
+    if batch.view is not None:
+        positions_B, tokens_B, theirs_BT = batch.view
+        own_BT = student.attribution(inputs_BT, positions_B, tokens_B)
+        more = more + options.attribution_weight * misalignment(own_BT, theirs_BT).mean()
+    return _nats(output, batch, options, t, count, split) + more * mask_BT.sum()
 
 
 def _differentiated(
@@ -147,7 +151,9 @@ def _nats(output, batch: Batch, options, t: float, count, split: Split | None) -
             found = (1 - hard) * divergence_of(own, targets, options, t, count)
         return found + hard * cross_entropy(own, labels) if hard else found
 
-    counts_BT = batch.weights[:, 1:]
+    counts_BT = batch.mask[:, 1:]
+    if batch.shares is not None:
+        counts_BT = counts_BT * batch.shares[:, 1:]
     if split is None:
         found = nats(output[..., :count], labels_BT, *batch.targets)
         return mx.where(counts_BT != 0, found * counts_BT, 0).sum()

@@ -44,7 +44,7 @@ def distill(
     _, road = roads(models[0])
     if mlx_path is None:
         if road is not distill_recipe:
-            raise InputError("--targets-only: a saved program is asked once anyway.")
+            raise InputError("--targets-only: is for language models; leave it out.")
         _require_alone("--targets-only")
         with progress_bars() as progress:
             notes = distill_recipe.keep_targets(

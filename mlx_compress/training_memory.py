@@ -52,13 +52,14 @@ def require_memory(
 
     if needs() <= has:
         return
+    twice = needs(0, batch_size=1, grad_checkpoint=True)
     rows = next((n for n in range(options.batch_size - 1, 0, -1) if needs(batch_size=n) <= has), 0)
     if rows:
         remedy = f"--batch-size {rows} would fit"
-    elif teacher_bytes and needs(0, batch_size=1) <= has:
+    elif teacher_bytes and not options.live_only and needs(0, batch_size=1) <= has:
         remedy = "without the teacher it would fit: cache what it says with --target-dir"
         remedy += ", and take --batch-size 1" if needs(0) > has else ""
-    elif layers > 1 and needs(0, batch_size=1, grad_checkpoint=True) <= has:
+    elif layers > 1 and not options.held_only and twice <= has:
         remedy = "try --grad-checkpoint"
     elif trained is None:
         remedy = "give a smaller student, --lora-rank, or a shorter --max-seq-length"

@@ -74,6 +74,53 @@ class Deep(nn.Module):
         return self.last(x)
 
 
+class Patches(nn.Module):
+    """Class scores of an image that is read as 9 patches of 2 x 2 pixels."""
+
+    def __init__(self, width: int, blocks: int):
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, width, 2, 2), nn.Linear(width, CLASSES)
+        self.layers = [Block(width) for _ in range(blocks)]
+
+    def __call__(self, image):
+        x = self.patch(image).flatten(1, 2)
+        for layer in self.layers:
+            x = layer(x, mx.zeros((1, 1, 1, 9)))
+        return self.head(x.mean(1))
+
+
+class Residuals(nn.Module):
+    """Class scores of an image by residual convolutions, the last of them at half the size."""
+
+    def __init__(self, blocks: int):
+        super().__init__()
+        self.wide = [nn.Conv2d(3, 3, 3, padding=1) for _ in range(blocks)]
+        self.small = [nn.Conv2d(3, 3, 3, padding=1)]
+        self.head = nn.Linear(3, CLASSES)
+
+    def __call__(self, x):
+        for layer in self.wide:
+            x = x + mx.tanh(layer(x))
+        x = x[:, ::2, ::2]
+        for layer in self.small:
+            x = x + mx.tanh(layer(x))
+        return self.head(x.mean((1, 2)))
+
+
+def patches(width: int, blocks: int):
+    return _of_images(Patches(width, blocks))
+
+
+def residuals(blocks: int):
+    return _of_images(Residuals(blocks))
+
+
+def _of_images(module: nn.Module):
+    mx.eval(module.parameters())
+    image = {"image": mx.zeros((2, 6, 6, 3))}
+    return program_of(module, image, outputs=["scores"], dynamic={"image": {0: "batch"}})
+
+
 def convolutions(batch: int = 2, *, is_open: bool = True):
     mx.random.seed(1)
     module = Convolutions()

@@ -146,8 +146,14 @@ def test_a_teacher_that_was_asked_before_is_not_asked_again(call, student, tmp_p
     refused(call(*other, *place, "--seed", 1), "holds targets of another --data")
 
 
-def test_what_is_inside_is_matched_and_nothing_of_it_is_saved(call, student, tmp_path):
-    place = tmp_path / "out"
+def test_what_is_inside_is_matched_and_nothing_of_it_is_saved(call, tmp_path):
+    """The student is narrower, so projections are learnt."""
+    student, place = tmp_path / "narrow", tmp_path / "out"
+    code, _, err = call(
+        "prune", "--model", TEACHER, "--mlx-path", student, "--dims", "width", "--pruning-ratio",
+        0.5, "--importance", "magnitude",
+    )  # fmt: skip
+    assert code == 0, err
     more = ("--hidden-weight", 1, "--attention-weight", 1, "--attribution", "weights")
     code, _, err = call(*arguments(student, place), *more)
     assert code == 0, err

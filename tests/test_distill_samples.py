@@ -187,7 +187,27 @@ def test_pruning_and_distilling_a_program_goes_by_one_command(call, folders):
 
 def test_what_only_language_models_have_is_refused(call, folders):
     refused(call(*arguments(folders), "--lora-rank", 2), "--lora-rank: is for language models")
-    refused(call(*arguments(folders), "--target-dir", folders / "t"), "--target-dir", "asked once")
+    result = call(*arguments(folders), "--target-dir", folders / "t")
+    refused(result, "--target-dir: is for language models")
+    result = call(*arguments(folders), "--attribution", "weights")
+    refused(result, "--attribution weights: weighs a saved program's blocks; give --hidden-weight")
+
+
+def test_what_was_learnt_beside_a_program_is_not_saved_with_it(call, tmp_path):
+    """The student is an image transformer of half the width and of one block."""
+    judging.folder_of(tmp_path / "data", lambda seed: judging.images(40, seed), ".npz")
+    for name, (width, blocks) in {"teacher": (8, 2), "student": (4, 1)}.items():
+        (tmp_path / name).mkdir()
+        save_program(judging.patches(width, blocks), tmp_path / name)
+    code, _, err = call(
+        *arguments(tmp_path), "--hidden-weight", 1, "--attention-weight", 1,
+        "--attribution", "weights",
+    )  # fmt: skip
+    assert code == 0, err
+    told = json.loads((tmp_path / "out" / "report.json").read_text())["distillation"]
+    assert told["losses"][-1] < told["losses"][0]
+    before, after = (load_program(tmp_path / name).graph for name in ("student", "out"))
+    assert before.parameters.keys() == after.parameters.keys()
 
 
 def test_few_samples_are_refused(call, folders):

@@ -17,7 +17,7 @@ from mlx_compress.execute import run
 from mlx_compress.explained import Explainer, Traced
 from mlx_compress.graph import trace
 from mlx_compress.heads import first_array
-from mlx_compress.inner import PROJECTION, Matching, block_weights, groups
+from mlx_compress.inner import PROJECTION, Matching, block_weights, groups, inside_bytes
 from mlx_compress.options import DistillOptions
 from mlx_compress.training import train
 from mlx_compress.training_state import TrainingFolder
@@ -134,7 +134,7 @@ def test_a_model_matches_itself():
     graph, values = inside(LLAMA, 0, options)
     matching = Matching(graph, graph, options)
     assert abs(matching.loss(values, values, mx.ones(INPUTS.shape), {}).item()) < 1e-5
-    assert not matching.projections
+    assert not matching.start()
 
 
 def test_the_loss_is_that_of_the_blocks_as_a_slow_loop_adds_it_up():
@@ -210,7 +210,7 @@ def test_blocks_count_as_the_answers_of_the_teacher_rest_on_them():
 def test_what_has_nothing_inside_to_compare_is_refused():
     options = DistillOptions(attention_weight=1)
     graphs = [trace(zoo.build(name), mx.array(TOKENS[:2, :-1])) for name in ("mamba2", "llama")]
-    with pytest.raises(InputError, match="--attention-weight: no block of both models has att"):
+    with pytest.raises(InputError, match="--attention-weight: no block of the student has atten"):
         Matching(*graphs, options)
     flat = trace(lambda held, x: x @ held["w"], INPUTS * 1.0, parameters={"w": mx.ones((8, 8))})
     with pytest.raises(InputError, match="no blocks were found to match"):
@@ -282,5 +282,52 @@ def test_blocks_of_a_program_count_as_answers_rest_on_them(sentences):
     programs = judging.encoder(deep=(4, 2)), judging.encoder(deep=(6, 4))
     weights = Answers(*programs, *sentences, options).matching.weights
     assert weights.shape == (2,) and abs(weights.mean().item() - 1) < 1e-5
-    with pytest.raises(InputError, match="--attribution weights: weighs a saved program's blocks"):
-        Answers(*programs, *sentences, replace(options, hidden_weight=0.0))
+
+
+def test_values_of_other_shapes_are_left_out():
+    """Of four blocks at two sizes and of two, the last and the first are alike."""
+    options = DistillOptions(hidden_weight=1)
+    graphs = [judging.residuals(blocks).at({"batch": 2}) for blocks in (1, 3)]
+    assert [len(pair.states) for pair in Matching(*graphs, options).pairs] == [1, 1]
+    graphs = [judging.residuals(blocks).at({"batch": 2}) for blocks in (3, 1)]
+    assert [len(pair.states) for pair in Matching(*graphs, options).pairs] == [1, 1, 0, 1]
+    with pytest.raises(InputError, match="--attention-weight: no block of the student has att"):
+        Matching(*graphs, replace(options, attention_weight=1))
+
+
+def test_only_what_is_asked_for_is_held():
+    graph = trace(build(LLAMA), INPUTS)
+    ends = {block.end for block in blocks_of(graph)}
+    maps = {i for block in blocks_of(graph) for i in block.maps}
+    for wanted, ids in (({"hidden_weight": 1}, ends), ({"attention_weight": 1}, maps)):
+        options = DistillOptions(**wanted)
+        assert set(Matching(graph, graph, options).their_taps) == ids
+        sizes = sum(4 * np.prod(graph.values[i].shape) for i in ids)
+        assert inside_bytes(graph, options) == sizes
+
+
+def test_tokens_count_where_blocks_hand_on_several_states_of_each():
+    """As gemma3n's do, [4, B, T, D]."""
+    tokens = mx.array(TOKENS[:2, :-1])
+    options = DistillOptions(hidden_weight=1)
+    values = []
+    for seed in (0, 1):
+        mx.random.seed(seed)
+        model = zoo.build("gemma3n")
+        graph = trace(model, tokens)
+        taps = Matching(graph, graph, options).own_taps
+        weights = {p: a + 0.05 * seed * mx.random.normal(a.shape)
+                   for p, a in parameters(model).items()}  # fmt: skip
+        values.append(run(graph, [tokens], weights, taps=taps)[1])
+    matching, one = Matching(graph, graph, options), mx.zeros(tokens.shape)
+    one[0, 3] = 1
+    masks = (mx.ones(tokens.shape), one, mx.zeros(tokens.shape))
+    whole, single, none = (matching.loss(*values, mask, {}).item() for mask in masks)
+    assert none == 0 and abs(whole - single) > 1e-6 * abs(whole)
+
+
+def test_tokens_that_no_answer_rests_on_are_matched_all_the_same():
+    options = DistillOptions(hidden_weight=1, attribution="weights", batch_size=2)
+    goal = objective(build(LLAMA, 1), build(LLAMA), options)
+    batch = goal._explained(goal._batch(TEXT, np.arange(2)), np.arange(2), 0)
+    assert (batch.shares == 0).any() and (batch.mask == 1).all()

@@ -107,6 +107,21 @@ def noise(*shape, seed=0):
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
+def test_what_was_fitted_is_held_until_it_is_forgotten(monkeypatch):
+    from mlx_compress import refit as module
+
+    weights = {"a": noise(6, 4), "b": noise(4, 3, seed=1)}
+    case = Case(lambda p, x: mx.tanh(x @ p["a"]) @ p["b"], [[noise(20, 6, seed=2)]], weights)
+    name = next(d.name for d in case.named.free() if d.size == 4)
+    fits, plain = [], module._refitted
+    monkeypatch.setattr(module, "_refitted", lambda *given: fits.append(1) or plain(*given))
+    cutter = refit(case.named, case.cut(**{name: (0, 2)}), case.statistics, hold=True)
+    once, again = cutter("b", weights["b"]), cutter("b", weights["b"])
+    assert len(fits) == 1 and mx.array_equal(once, again)
+    cutter.forget(["b"])
+    assert mx.array_equal(cutter("b", weights["b"]), once) and len(fits) == 2
+
+
 def test_planted_copies_are_pruned_to_the_exact_optimum():
     up, down = noise(6, 8), noise(8, 5, seed=1)
     up = mx.concatenate([up, up @ mx.eye(8)[:, ::-1], (up[:, :4] + up[:, 4:]) / 2], axis=1)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 
@@ -47,6 +49,17 @@ def test_what_would_fit_is_said(teacher, has, words):
     with pytest.raises(ResourceError, match=words):
         require_memory(graph(), teacher * window, OPTIONS, fixed + int(has * window), layers=2)
     require_memory(graph(), 0, OPTIONS, fixed + 4 * window)
+
+
+@pytest.mark.parametrize("inner", [{"hidden_weight": 1.0}, {"attribution": "align"}])
+def test_what_would_be_refused_is_not_said_to_fit(inner):
+    fixed, window = training_bytes(graph(), OPTIONS)
+    for teacher, has in ((9, 1.5), (0, 0.6)):
+        with pytest.raises(ResourceError, match="give a smaller student"):
+            require_memory(
+                graph(), teacher * window, replace(OPTIONS, **inner), fixed + int(has * window),
+                layers=2,
+            )  # fmt: skip
 
 
 def test_adapters_are_little_to_train():
