@@ -195,6 +195,7 @@ def test_what_only_language_models_have_is_refused(call, folders):
 
 def test_what_was_learnt_beside_a_program_is_not_saved_with_it(call, tmp_path):
     """The student is an image transformer of half the width and of one block."""
+    (tmp_path / "data").mkdir()
     judging.folder_of(tmp_path / "data", lambda seed: judging.images(40, seed), ".npz")
     for name, (width, blocks) in {"teacher": (8, 2), "student": (4, 1)}.items():
         (tmp_path / name).mkdir()
