@@ -128,8 +128,8 @@ def _differentiated(
         module.update(parameters)
         return loss(beside)
 
-    own = module.trainable_parameters()
     try:
+        own = module.trainable_parameters()
         found, (grads, others) = mx.value_and_grad(total, argnums=(0, 1))(own, beside)
         return found, dict(tree_flatten(grads)) | others
     except (AttributeError, ValueError) as error:

@@ -133,7 +133,7 @@ def test_the_teacher_is_asked_once_for_each_view(monkeypatch):
 
 def test_tokens_weigh_what_the_teacher_rests_on():
     goal = objective(attribution="weights")
-    weights = goal._explained(goal._batch(TEXT, np.arange(3)), np.arange(3), 0).weights
+    weights = goal._explained(goal._batch(TEXT, np.arange(3)), np.arange(3), 0).shares
     np.testing.assert_allclose(weights.mean(axis=1), 1, atol=1e-3)
     maps = sum(goal.explainer.view(TEXT, np.arange(3), n)[2] for n in range(2))
     np.testing.assert_allclose(weights[:, :-1], maps / maps.mean(1, keepdims=True), rtol=1e-5)
