@@ -55,6 +55,7 @@ METHODS = (
     Method("random", "random", False),
     Method("magnitude", "magnitude", False),
     Method("magnitude, refitted", "magnitude", True),
+    Method("second order, refitted", "osscar", True),
     Method("magnitude, refitted, searched", "magnitude", True, searched=True),
     Method("second order, refitted, searched", "osscar", True, searched=True),
 )
@@ -128,7 +129,7 @@ def _accuracy(program: Program, test: Samples) -> float:
 
 
 def rows(
-    data: Path, depths, speedups, samples: int, trials: int, done: list[Row]
+    data: Path, depths, speedups, samples: int, trials: int, names: list[str], done: list[Row]
 ) -> Iterator[Row]:
     """What is not done yet."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -138,7 +139,7 @@ def rows(
             folder = place / f"resnet{depth}"
             program = write_network(data, depth, folder)
             for speedup in speedups:
-                for method in METHODS:
+                for method in (m for m in METHODS if m.name in names):
                     key = (depth, speedup, method.name)
                     if key not in {(r.depth, r.asked, r.method) for r in done}:
                         yield measure(
@@ -182,6 +183,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--speedups", default="2.1,3", help="of MACs")
     parser.add_argument("--samples", type=int, default=2000, help="images to calibrate on")
     parser.add_argument("--trials", type=int, default=24, help="of a search, after its table")
+    names = [method.name for method in METHODS]
+    parser.add_argument("--method", action="append", choices=names, help="one of them; repeatable")
     parser.add_argument("--out", type=Path, default=RESULTS / "vision.json")
     args = parser.parse_args(argv)
     with exit_on_error():
@@ -189,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         held = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
         result = [Row(**row) for row in held]
         console = Console(width=140)
-        asked = (list(depths), list(speedups), args.samples, args.trials)
+        asked = (list(depths), list(speedups), args.samples, args.trials, args.method or names)
         for row in rows(args.data, *asked, result):
             result.append(row)
             document = {**machine(), "samples": args.samples, "rows": [asdict(r) for r in result]}
