@@ -184,7 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=2000, help="images to calibrate on")
     parser.add_argument("--trials", type=int, default=24, help="of a search, after its table")
     names = [method.name for method in METHODS]
-    parser.add_argument("--method", action="append", choices=names, help="one of them; repeatable")
+    parser.add_argument("--method", action="append", choices=names, metavar="NAME",
+                        help=f"one of: {'; '.join(names)}. May be repeated")  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS / "vision.json")
     args = parser.parse_args(argv)
     with exit_on_error():
