@@ -5,6 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_compress.bridges.students import continued
 
 import judging
 import zoo
@@ -331,3 +332,20 @@ def test_tokens_that_no_answer_rests_on_are_matched_all_the_same():
     goal = objective(build(LLAMA, 1), build(LLAMA), options)
     batch = goal._explained(goal._batch(TEXT, np.arange(2)), np.arange(2), 0)
     assert (batch.shares == 0).any() and (batch.mask == 1).all()
+
+
+@pytest.mark.parametrize("more", [
+    {"dtype": "bfloat16"}, {"on_policy": 1.0}, {"grad_accumulation_steps": 2},
+    {"attribution": "align", "attribution_every": 1}, {"mask_prompt": True},
+])  # fmt: skip
+def test_matching_goes_with_other_options(more):
+    """It adds to the loss, and everything that is trained gets a gradient."""
+    losses = []
+    for inner in ({}, {"hidden_weight": 1.0, "attention_weight": 1.0}):
+        options = DistillOptions(batch_size=2, **more, **inner)
+        goal = objective(build(NARROW, 1), build(LLAMA), options, write=continued)
+        loss, grads = goal.gradients(goal.start(), 0, 1.0)
+        assert grads.keys() == goal.start().keys()
+        assert all(np.isfinite(np.array(grad)).all() and mx.any(grad) for grad in grads.values())
+        losses.append(loss.item())
+    assert losses[1] > losses[0] + 0.1
