@@ -229,7 +229,8 @@ def _require_memory(teacher, student, options: DistillOptions, *, with_teacher: 
     beside = teacher_bytes(teacher) if with_teacher and asked else 0
     if options.attribution is not None and beside != loaded_bytes(teacher):
         beside += loaded_bytes(teacher)
-    beside += inside_bytes(teacher.trace(window), options) * options.batch_size
+    if options.looks_inside:
+        beside += inside_bytes(teacher.trace(window), options) * options.batch_size
     module, trained = student.module(), None
     if options.lora_rank:
         adapted = tree_flatten(student_of(student, options).trainable_parameters())

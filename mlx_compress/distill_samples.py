@@ -49,7 +49,9 @@ class Answers:
         self.options = replace(self.options, batch_size=self.train.size)
         kinds = EMBEDDING_LOSSES if self.train.task.embeds else DIVERGENCES
         among("--loss", (self.loss,), kinds)
-        self.matching = self._matching() if self.options.looks_inside else None
+        self.matching = None
+        if self.options.looks_inside:
+            self.matching = Matching(self.graph, self._teacher[0], self.options)
         self.told = asked(self.teacher, self.train)
         self.rests_on = self._explained() if self.options.attribution == "align" else None
         self.told_held_out = asked(self.teacher, self.held_out)
@@ -78,10 +80,6 @@ class Answers:
         """What is explained of the outputs of a batch."""
         told = self.told[b * self.train.size : (b + 1) * self.train.size]
         return partial(_explain, self.train, self.train.batches[b], told)
-
-    def _matching(self) -> Matching:
-        """How what is inside the programs is compared."""
-        return Matching(self.graph, self._teacher[0], self.options)
 
     def _block_weights(self, count: int) -> mx.array:
         """How much the student's blocks count, [S]."""

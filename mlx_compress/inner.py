@@ -59,24 +59,25 @@ class Matching:
             raise InputError("--hidden-weight, --attention-weight: no blocks were found to match.")
         ends = [group[-1] for group in groups(len(own), len(theirs))]
         self.pairs = [self._pair(a, theirs[end]) for a, end in zip(own, ends, strict=True)]
-        for name, what in (("states", "--hidden-weight"), ("maps", "--attention-weight")):
-            wanted = getattr(self.options, what[2:].replace("-", "_"))
-            if wanted and not any(getattr(pair, name) for pair in self.pairs):
-                raise InputError(
-                    f"{what}: no block of the student has {NAMES[name]} of the shape of those of "
-                    "the teacher's block; leave it out."
-                )
+        hidden, attention = self.options.hidden_weight, self.options.attention_weight
+        if hidden and not any(pair.states for pair in self.pairs):
+            raise _nothing("--hidden-weight", "outputs")
+        if attention and not any(pair.maps for pair in self.pairs):
+            raise _nothing("--attention-weight", "attention maps")
 
     def _pair(self, a: Block, b: Block) -> Pair:
-        shapes = [{i: graph.values[i].shape for i in (block.end, *block.maps)}
-                  for graph, block in ((self.own, a), (self.theirs, b))]  # fmt: skip
-        states, maps = [], []
-        if self.options.hidden_weight and shapes[0][a.end][:-1] == shapes[1][b.end][:-1]:
-            states.append((a.end, b.end))
+        def alike(ids: Ids, axes: slice) -> bool:
+            own, theirs = self.own.values[ids[0]].shape, self.theirs.values[ids[1]].shape
+            return own[axes] == theirs[axes]
+
+        states = [(a.end, b.end)] if self.options.hidden_weight else []
+        maps = []
         if self.options.attention_weight and len(a.maps) == len(b.maps):
-            maps = [(i, j) for i, j in zip(a.maps, b.maps, strict=True)
-                    if shapes[0][i][-2:] == shapes[1][j][-2:]]  # fmt: skip
-        return Pair(tuple(states), tuple(maps))
+            maps = list(zip(a.maps, b.maps, strict=True))
+        return Pair(
+            tuple(ids for ids in states if alike(ids, slice(-1))),
+            tuple(ids for ids in maps if alike(ids, slice(-2, None))),
+        )
 
     def start(self) -> Weights:
         """What is learnt along, as it is before the first step: a projection by block."""
@@ -123,9 +124,6 @@ class Matching:
         return total / len(self.pairs)
 
 
-NAMES = {"states": "outputs", "maps": "attention maps"}
-
-
 def groups(own: int, theirs: int) -> list[range]:
     """The teacher's blocks that each of the student's stands for; it is matched with the last.
 
@@ -148,7 +146,7 @@ def block_weights(shares_BL: mx.array, count: int) -> mx.array:
 
 def inside_bytes(graph: Graph, options: DistillOptions) -> int:
     """What is held of the teacher's values, in float32, at the shape of `graph`."""
-    blocks = blocks_of(graph) if options.looks_inside else []
+    blocks = blocks_of(graph)
     ids = [block.end for block in blocks if options.hidden_weight]
     ids += [i for block in blocks if options.attention_weight for i in block.maps]
     return sum(4 * math.prod(graph.values[i].shape) for i in ids)
@@ -160,6 +158,13 @@ def only_projections(weights: Weights) -> Weights:
 
 def without_projections(weights: Weights) -> Weights:
     return {path: array for path, array in weights.items() if not path.startswith(PROJECTION)}
+
+
+def _nothing(flag: str, what: str) -> InputError:
+    return InputError(
+        f"{flag}: no block of the student has {what} of the shape of those of the teacher's "
+        "block; leave it out."
+    )
 
 
 def _counts(mask: mx.array | None, shape: tuple[int, ...]) -> mx.array:

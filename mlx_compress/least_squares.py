@@ -15,11 +15,10 @@ import mlx.core as mx
 import numpy as np
 
 from .padding import without_padding
-from .second import Window, patches
+from .second import FINE, Window, patches
 
 LAMBDAS = (1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # times the mean of the diagonal of X^T X
 MIXTURES = 256
-WIDE = 2**11  # slots; beyond them float32 is enough to tell a lambda from ten times as much
 
 
 @dataclass
@@ -101,7 +100,7 @@ def judged_errors(
     if own.shape[1] > MIXTURES:
         mixed = np.random.default_rng(0).standard_normal((own.shape[1], MIXTURES))
         own, cross = (each @ (mixed / MIXTURES**0.5) for each in (own, cross))
-    if len(square) > WIDE:
+    if len(square) > FINE:  # enough to tell a lambda from ten times as much
         parts = (square, cross, own_square, own)
         square, cross, own_square, own = (part.astype(np.float32) for part in parts)
     changes = (solution(own_square, own, ridge(lam)) for lam in lambdas)
