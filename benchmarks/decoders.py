@@ -112,9 +112,7 @@ def peers(folder: Path, repeats: int, quantile: float = 0.5) -> dict:
     return rows
 
 
-def pruned(
-    folder: Path, repeats: int, quantile: float = 0.5, threads: int | None = None
-) -> dict:
+def pruned(folder: Path, repeats: int, quantile: float = 0.5, threads: int | None = None) -> dict:
     """By ratio: FLOPs, milliseconds of prefill, and how much of the one shows in the other."""
     from ..bridges.onnx.export import export_onnx
     from ..bridges.programs import open_program

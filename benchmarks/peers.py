@@ -260,9 +260,10 @@ def with_new_statistics(module: nn.Module, images) -> nn.Module:
 
 
 def torch_pruning_rows(
-    data: Path, depth: int, macs: float, images, labels, known: Collection[tuple[str, str]] = ()
-) -> Iterator[PeerRow]:
-    """Every criterion by every setting, with `macs` of the MACs left (0-1).
+    data: Path, depth: int, macs: float, images, labels, known: Collection[tuple[str, str]] = (),
+    families: Collection[str] = tuple(SETTINGS),
+) -> Iterator[PeerRow]:  # fmt: skip
+    """Every criterion by every setting of `families`, with `macs` of the MACs left (0-1).
 
     `images` [N, 3, 32, 32] and `labels` [N] are what criteria and statistics are taken from.
     `known` are criteria and settings to leave out; so are settings that cannot meet `macs`. Raises
@@ -273,12 +274,15 @@ def torch_pruning_rows(
         raise InputError(f"{data}: no weights of ResNet-{depth} in cnn-resnet-cifar10.")
     seen = torch.from_numpy(images), torch.from_numpy(labels)
     test = tuple(map(torch.from_numpy, cifar10_test(data)))
-    return setting_rows(module, macs, seen, test, known)
+    return setting_rows(module, macs, seen, test, known, families)
 
 
-def setting_rows(module, macs: float, seen: tuple, test: tuple, known) -> Iterator[PeerRow]:
+def setting_rows(
+    module, macs: float, seen: tuple, test: tuple, known, families
+) -> Iterator[PeerRow]:
     dense = size(module)
-    for family, start in (("inner", module), ("all", followed(module))):
+    for family in families:
+        start = followed(module) if family == "all" else module
         for name, criterion in CRITERIA.items():
             score = partial(scored, criterion=criterion, images=seen[0], labels=seen[1])
             settings = {f"{family}, {scope}, {steps}": (scope, steps)
@@ -321,6 +325,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder with the networks")
     parser.add_argument("--depths", default="20,56")
     parser.add_argument("--speedups", default="2.1,3", help="of MACs")
+    parser.add_argument("--family", action="append", choices=list(SETTINGS),
+                        help="what is pruned; may be repeated, and is both otherwise")  # fmt: skip
     parser.add_argument("--images", type=int, default=1000, help="the first so many for training")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/peers.json")
     args = parser.parse_args(argv)
@@ -336,7 +342,9 @@ def _run(args) -> None:
         key = int(depth), float(speedup)
         rows = networks.setdefault(key, [])
         known = {(row.criterion, row.settings) for row in rows}
-        for row in torch_pruning_rows(args.data, key[0], 1 / key[1], images, labels, known):
+        for row in torch_pruning_rows(
+            args.data, key[0], 1 / key[1], images, labels, known, args.family or SETTINGS
+        ):
             rows.append(row)
             write_report(_report(args.images, _listed(networks)), args.out)
     Console(width=150).print(table(_listed(networks)))

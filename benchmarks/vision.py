@@ -104,9 +104,7 @@ def measure(
         macs=1 / speedup, importance=method.importance, refit=method.refit, dims=("channels",),
         calibration_samples=samples, batch_size=BATCH, max_trials=trials * method.searched,
     )  # fmt: skip
-    calibration = on_samples(
-        program, data, options, [], folder=folder, kept=folder / "statistics"
-    )
+    calibration = on_samples(program, data, options, [], folder=folder, kept=folder / "statistics")
     planned = plan_program(program, options, calibration=calibration)
     if method.refit:
         fit(planned)
