@@ -33,9 +33,12 @@ def blocks_of(graph: Graph) -> list[Block]:
 
 
 def _maps(residuals: Residuals, terms: list[Term]) -> tuple[int, ...]:
-    """Softmaxes over positions: those in a branch that mixes them, of more than [B, T, n]."""
+    """Softmaxes over positions: those in a branch that mixes them, of more than [B, T, n].
+
+    Terms may share them, as those of a projection and its adapter do.
+    """
     graph = residuals.graph
-    nodes = [graph.nodes[k] for term in terms if residuals.mixes_positions(term)
-             for k in sorted(term.inner)]  # fmt: skip
+    inner = set().union(*(term.inner for term in terms if residuals.mixes_positions(term)))
+    nodes = [graph.nodes[k] for k in sorted(inner)]
     softmaxes = [node.outputs[0] for node in nodes if node.op == "Softmax"]
     return tuple(value for value in softmaxes if len(graph.values[value].shape) >= 4)

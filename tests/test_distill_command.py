@@ -165,6 +165,21 @@ def test_what_is_inside_is_matched_and_nothing_of_it_is_saved(call, tmp_path):
     ).keys()
 
 
+def test_adapters_are_held_inside_to_a_packed_teacher(call, student, tmp_path):
+    from mlx_lm import convert
+
+    packed, out = tmp_path / "q4", tmp_path / "out"
+    convert(str(TEACHER), str(packed), quantize=True, q_group_size=64, q_bits=4)
+    more = ("--lora-rank", 2, "--hidden-weight", 1, "--attention-weight", 1)
+    code, _, err = call(*arguments(student, out, teacher=packed), *more)
+    assert code == 0, err
+    told = json.loads((out / "report.json").read_text())["distillation"]
+    assert told["losses"][0] > told["held_out"][0]["divergence"]
+    before, after = (mx.load(str(folder / "model.safetensors")) for folder in (student, out))
+    assert after.keys() == before.keys()
+    assert any(not mx.array_equal(after[path], before[path]) for path in before)
+
+
 def test_targets_need_a_folder_and_training_a_place(call, student, tmp_path):
     refused(call(*arguments(student, tmp_path / "out"), "--targets-only"), "--target-dir")
     command = [str(word) for word in arguments(student, tmp_path / "out")]
