@@ -159,13 +159,13 @@ class Calibration:
             self.notes.append(f"statistics {how} {self.kept}: {size / 1e6:,.3g} MB")
         self.notes += [note for note in store.notes if note not in self.notes]
 
+    def key(self, *parts: str) -> str:
+        """A name for this model, these samples, and `parts`."""
+        arrays = [np.array(array) for batch in self._all.batches for array in batch]
+        return store_key(*self.identity(), *parts, *arrays, np.asarray(self._all.targets))
+
     def _store(self, dims: tuple[str, ...]) -> Store | None:
-        if self.kept is None:
-            return None
-        masks = self.samples.masks or []
-        arrays = [np.array(array) for batch in [*self.batches, masks] for array in batch]
-        targets = np.asarray(self.samples.targets)
-        return Store(self.kept, store_key(*self.identity(), *dims, *arrays, targets))
+        return None if self.kept is None else Store(self.kept, self.key(*dims))
 
     def _second(self, dims: tuple[str, ...], store: Store | None) -> MutableMapping:
         """In memory where they are small; a store keeps its own."""

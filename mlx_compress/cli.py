@@ -60,6 +60,7 @@ from .flags import (
     Sizes,
     Stateful,
     Statistics,
+    Study,
     Target,
     To,
     Trials,
@@ -92,6 +93,7 @@ def compress(
     global_pruning: Global = DEFAULT.global_pruning,
     refit: Refit = DEFAULT.refit,
     max_trials: Trials = DEFAULT.max_trials,
+    study: Study = DEFAULT.study,
     plan: Plan = None,
     carrier: Carrier = None,
     biases: Biases = False,
@@ -176,6 +178,7 @@ def prune(
     global_pruning: Global = DEFAULT.global_pruning,
     refit: Refit = DEFAULT.refit,
     max_trials: Trials = DEFAULT.max_trials,
+    study: Study = DEFAULT.study,
     plan: Plan = None,
     save_plan: Annotated[
         Path | None, typer.Option("--save-plan", metavar="FILE", help="Write the plan as JSON.")

@@ -28,7 +28,7 @@ from .errors import InputError
 from .explained import Explainer, Traced
 from .gate import rejected, require_drop
 from .inner import inside_bytes
-from .options import DIVERGENCES, DistillOptions, among
+from .options import DIVERGENCES, OF_THE_MEASURING, DistillOptions, among
 from .plan import PrunePlan
 from .recipe import Planned, save_pruned
 from .report import machine, write_report
@@ -45,7 +45,6 @@ from .workers import ALONE, Workers
 PRUNED = ("plan", "parent", "kept_block_parameters")
 MORE = "train longer (--iters), take a larger student, or allow more"
 # What does not change how a run goes: it may differ when one goes on.
-OF_THE_MEASURING = ("eval_samples", "max_drop", "drop_type")
 
 
 def distill(

@@ -148,6 +148,14 @@ Trials = Annotated[
         help="Search how much to keep where, by held-out loss, with N trials after a first table.",
     ),
 ]  # fmt: skip
+Study = Annotated[
+    str | None,
+    typer.Option(
+        "--study", metavar="FILE|URL",
+        help="Where trials are kept, for several processes or machines to share: a file, or a "
+        "database by optuna's URL; by default beside the statistics.",
+    ),
+]  # fmt: skip
 Statistics = Annotated[
     Path | None,
     typer.Option(

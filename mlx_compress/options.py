@@ -33,6 +33,7 @@ BUDGETS = {
     "disk_mb": ("disk_mb=12", "megabytes of weights as they are saved"),
     "latency_ms": ("latency_ms=3.5", "milliseconds of a forward pass on this machine"),
 }
+OF_THE_MEASURING = ("eval_samples", "max_drop", "drop_type", "study")  # change no result
 FRACTIONS = ("params", "macs")  # of the dense model's
 IMPORTANCES = (
     "auto", "random", "magnitude", "activation", "wanda", "fluctuation", "fisher", "taylor",
@@ -56,7 +57,8 @@ class Options:
     `max_drop` is a gate on the loss in nats per token: a model that loses more is rejected.
     Calibration reads `calibration_samples` windows of `max_seq_length` tokens, evaluation
     `eval_samples`; `batch_size` windows are computed at a time. With `max_trials`, how much is kept
-    where is searched, by held-out loss (`search.py`).
+    where is searched, by held-out loss (`search.py`), and its trials are kept in `study`, a file or
+    the URL of a database of optuna's.
     """
 
     pruning_ratio: float | None = None
@@ -78,6 +80,7 @@ class Options:
     batch_size: int = 4
     seed: int = 0
     max_trials: int = 0
+    study: str | None = None
 
     def __post_init__(self):
         _at_least(self, (
@@ -86,6 +89,8 @@ class Options:
         ))  # fmt: skip
         self._check_amount()
         _check_gate(self)
+        if self.study is not None and not self.max_trials:
+            raise InputError(f"--study {self.study}: holds trials; give --max-trials N too.")
         among("--importance", tuple(self.importance.split("+")), IMPORTANCES)
         among("--dims", self.dims, KINDS + LAYER_KINDS)
 

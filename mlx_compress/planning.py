@@ -32,7 +32,8 @@ def choose_plan(
     `holds(plan)` says can be saved.
     """
     options, verdict = calibration.options, None
-    plan = PrunePlan({}, {k: v for k, v in asdict(options).items() if v is not None})
+    said = {k: v for k, v in asdict(options).items() if v is not None and k != "study"}
+    plan = PrunePlan({}, said)
     if dims and options.importance == "auto":
         verdict = best_plan(calibration, dims, wanted)
         plan = PrunePlan(verdict.winner.plan.cuts, {**plan.recipe, "chosen": verdict.winner.name})
@@ -72,11 +73,13 @@ def _searched(calibration, named, dims, layers, starts, verdict, together, holds
         calibration, named, dims, sites, spent,
         options.budget[1] if options.budget else spent(narrower), options,
         starts=[{c.name: c.kept for c in start} for start in starts if start.cuts],
-        holds=holds, storage=calibration.kept and str(calibration.kept / STUDIES),
+        holds=holds,
+        storage=options.study or calibration.kept and str(calibration.kept / STUDIES),
     )  # fmt: skip
+    words = {"start": "to begin with", "best": "at the best", "dense": "dense"}
+    losses = (f"{found[key]:.4f} {told}" for key, told in words.items() if found[key] is not None)
     calibration.notes.append(
-        f"search: {found['trials']} allocations tried; held-out loss {found['start']:.4f} to begin "
-        f"with, {found['best']:.4f} at the best, {found['dense']:.4f} dense"
+        f"search: {found['trials']} allocations tried; held-out loss {', '.join(losses)}"
     )
     return PrunePlan(plan.cuts, {**narrower.recipe, "search": found})
 

@@ -158,7 +158,10 @@ def _planned(
 def _holds(model: LanguageModel, named: NamedAxes, plan: PrunePlan, carrier: str | None) -> bool:
     """Whether a stock config can express a plan."""
     try:
-        _planned(model, named, plan, [], carrier)
+        if carrier is not None:
+            carrier_named(carrier, model, named, plan)
+        else:
+            fitted_config(model, named, plan)
     except InputError:
         return False
     return True

@@ -17,6 +17,7 @@ as EvoPress (Sieberling et al., 2024, https://arxiv.org/abs/2410.14649).
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -67,7 +68,7 @@ class Trial:
 class Search:
     """The problem: `spent(counts)` must not exceed `goal`; `starts` are allocations to begin with.
 
-    `trials` are those after the table.
+    `trials` are those after the table. Only counts of which `holds(counts)` is true are tried.
     """
 
     sites: Sequence[Site]
@@ -76,17 +77,24 @@ class Search:
     starts: Sequence[Counts] = ()
     trials: int = 32
     seed: int = 0
+    holds: Callable[[Counts], bool] = lambda counts: True
     _spent: dict = field(default_factory=dict, repr=False)
 
     @property
     def dense(self) -> dict[str, int]:
         return {site.name: site.size for site in self.sites}
 
-    @property
+    @cached_property
     def table(self) -> list[dict[str, int]]:
         """Nothing cut, then each site alone at each level."""
-        single = [self.dense | {s.name: n} for s in self.sites for n in s.levels()]
+        single = [self.dense | {name: n} for name, each in self.levels.items() for n in each]
         return [self.dense, *single]
+
+    @cached_property
+    def levels(self) -> dict[str, list[int]]:
+        """Of each site the counts that can be tried alone, the largest first."""
+        return {site.name: [n for n in site.levels() if self.holds(self.dense | {site.name: n})]
+                for site in self.sites}  # fmt: skip
 
     def next(self, done: Sequence[Trial], claimed: Iterable[Counts] = ()) -> dict | None:
         """The counts to try next; None when nothing is left. `claimed` are tried elsewhere."""
@@ -97,12 +105,9 @@ class Search:
         losses = {_key(t.counts): t.loss for t in done}
         if any(_key(counts) not in losses for counts in self.table):
             return None
-        for counts in self.starts:
-            if _key(counts) not in known:
+        for counts in (*self.starts, self.knapsack(losses)):
+            if counts is not None and _key(counts) not in known and self.holds(counts):
                 return dict(counts)
-        added_up = self.knapsack(losses)
-        if added_up is not None and _key(added_up) not in known:
-            return added_up
         spent = len(done) - len(self.table)
         best = self.best(done)
         if spent >= self.trials or best is None:
@@ -117,8 +122,8 @@ class Search:
     def finalists(self, done: Sequence[Trial]) -> list[dict[str, int]]:
         """The starts and the knapsack's allocation, as far as they are within the budget."""
         losses = {_key(t.counts): t.loss for t in done}
-        found = [dict(counts) for counts in self.starts] + [self.knapsack(losses)]
-        within = [c for c in found if c is not None and self.spending(c) <= self.goal * (1 + SLACK)]
+        found = (dict(c) for c in (*self.starts, self.knapsack(losses)) if c and self.holds(c))
+        within = (c for c in found if self.spending(c) <= self.goal * (1 + SLACK))
         return list({_key(counts): counts for counts in within}.values())
 
     def spending(self, counts: Counts) -> float:
@@ -157,7 +162,7 @@ class Search:
     def _choices(self, site: Site, losses) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Counts of a site, what each loses more than dense, and what it saves of the budget."""
         dense = losses[_key(self.dense)]
-        measured = [site.size, *site.levels()]
+        measured = [site.size, *self.levels[site.name]]
         lost = [losses[_key(self.dense | {site.name: n})] - dense for n in measured]
         lost = np.maximum.accumulate(np.maximum(lost, 0))  # less kept never loses less
         grain = max(1, site.size // FINEST)
@@ -204,7 +209,8 @@ class Search:
                 more = new | {taker.name: taker.nearest(new[taker.name] + _step(taker, share))}
                 if self.spending(more) <= self.goal:
                     new = more
-            if _key(new) not in known and self.spending(new) <= self.goal:
+            fits = _key(new) not in known and self.spending(new) <= self.goal
+            if fits and self.holds(new):
                 return new
         return None
 

@@ -5,6 +5,7 @@ stays loadable; else each dimension is one. Layers of a list are a site of their
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 
@@ -14,13 +15,10 @@ from .calibration import Calibration
 from .errors import InputError
 from .importance import Scores
 from .layers import LayerDimension, settled, without
-from .options import Options
+from .options import OF_THE_MEASURING, Options
 from .plan import Cut, PrunePlan
 from .search import Counts, Search, Site
-from .store import store_key
 from .study import run_search
-
-UNREACHABLE = 1e9  # a loss, for what no config can hold
 
 
 def sites_of(
@@ -94,37 +92,56 @@ def search_plan(
 
     Trials are refitted in closed form. The best of them, the starts and the knapsack's allocation
     are then fitted as they would be saved, and judged again. `starts` are counts by dimension;
-    `holds(plan)` says whether it can be saved. Raises `InputError` where no plan is within the
-    budget.
+    `holds(plan)` says whether it can be saved. Raises `InputError` where no plan that can be is
+    within the budget.
     """
     dims = list(dims)
     calibration.statistics(dims)
 
-    def loss(counts: Counts) -> float:
-        plan = plan_of(named, sites, counts)
-        return float(calibration.lost(plan, dims).mean()) if holds(plan) else UNREACHABLE
+    def plan_at(counts: Counts) -> PrunePlan:
+        return plan_of(named, sites, counts)
 
     search = Search(
-        sites, lambda counts: spent(plan_of(named, sites, counts)), goal,
+        sites, lambda counts: spent(plan_at(counts)), goal,
         [counts_of(sites, start) for start in starts], options.max_trials, options.seed,
+        lambda counts: holds(plan_at(counts)),
     )  # fmt: skip
-    least = {site.name: site.nearest(0) for site in sites}
-    if search.spending(least) > goal:
+    _require_any(search)
+    asked = {k: v for k, v in asdict(options).items() if k not in OF_THE_MEASURING}
+    name = calibration.key(repr(asked), *(site.name for site in sites), repr(goal))
+    done = run_search(
+        search, lambda counts: float(calibration.lost(plan_at(counts), dims).mean()),
+        storage=storage, name=name, progress=calibration.progress,
+    )  # fmt: skip
+    best = search.best(done)
+    if best is None:
         raise InputError(
-            f"the least that can be reached is {search.spending(least):.3f}, {goal:.3f} was asked "
-            "for; ask for that, or give more --dims."
+            f"none of {len(done)} allocations that the model's config can hold is within the "
+            "budget; ask for less, or give more --max-trials."
         )
-    name = store_key(*calibration.identity(), repr(options), *(s.name for s in sites), repr(goal))
-    done = run_search(search, loss, storage=storage, name=name, progress=calibration.progress)
-    best, first = search.best(done), len(search.table)
     finals = [counts for counts in search.finalists(done) if counts != best.counts]
-    plans = [plan_of(named, sites, counts) for counts in (best.counts, *finals)]
-    plan = calibration.fittest([plan for plan in plans if holds(plan)], dims)
+    plan = calibration.fittest([plan_at(counts) for counts in (best.counts, *finals)], dims)
+    started = (trial.loss for trial in done if trial.counts in search.starts)
     record = {
         "trials": len(done),
-        "dense": done[0].loss,
-        "start": done[first].loss if len(done) > first else None,
+        "dense": next(trial.loss for trial in done if trial.counts == search.dense),
+        "start": next(started, None),
         "best": best.loss,
         "counts": plan.counts(),
     }
     return plan, record
+
+
+def _require_any(search: Search) -> None:
+    """Raise `InputError` where no counts are within the budget, or none can be saved."""
+    least = search.spending({site.name: site.nearest(0) for site in search.sites})
+    if least > search.goal:
+        raise InputError(
+            f"the least that can be reached is {least:.3f}, {search.goal:.3f} was asked for; ask "
+            "for that, or give more --dims."
+        )
+    if not any(search.levels.values()):
+        raise InputError(
+            "no config of the model can hold what a search would try; give --carrier NAME, or leave "
+            "out --global-pruning."
+        )

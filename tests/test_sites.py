@@ -1,5 +1,6 @@
 """Sites of a search, and the plan that a search of a tiny Llama ends with."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,8 +21,8 @@ OPTIONS = Options(params=0.7, importance="taylor", batch_size=1, max_trials=4,
                   dims=("channels", "heads", "layers"))  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def calibrated():
+def calibration(seed):
+    """Of the tiny Llama on random tokens."""
     model = tiny.build(tiny.LLAMA)
     held = tiny.parameters(model)
     source = SimpleNamespace(
@@ -29,10 +30,15 @@ def calibrated():
         trace=lambda tokens, dtype=None: trace_logits(model, tokens, dtype=dtype),
         path=None,
     )
-    tokens = np.random.default_rng(0).integers(0, tiny.VOCABULARY, (4, 12)).astype(np.int32)
-    calibration = on_text(source, Windows(tokens, np.ones(4), None), OPTIONS, [])
-    calibration.identity = lambda: ["tiny"]
-    return calibration
+    tokens = np.random.default_rng(seed).integers(0, tiny.VOCABULARY, (4, 12)).astype(np.int32)
+    found = on_text(source, Windows(tokens, np.ones(4), None), OPTIONS, [])
+    found.identity = lambda: ["tiny"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    return calibration(0)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +114,28 @@ def test_a_plan_that_cannot_be_held_is_never_chosen(calibrated, parts):
         calibrated, named, dims, sites, spent(named), 0.7, OPTIONS, holds=whole_layers
     )
     assert whole_layers(plan)
+    with pytest.raises(InputError, match="no config of the model can hold .*; give --carrier"):
+        search_plan(calibrated, named, dims, sites, spent(named), 0.7, OPTIONS,
+                    holds=lambda plan: not plan.cuts)  # fmt: skip
+
+
+def test_trials_answer_the_same_question_however_it_is_measured(calibrated, parts, tmp_path):
+    """And for no other samples."""
+    named, dims, layers, scores = parts
+    sites, file = sites_of(dims, layers, scores, together=True), tmp_path / "study.log"
+
+    def tried(samples, options):
+        """How many lines that adds to the file."""
+        before = lines() if file.exists() else 0
+        search_plan(samples, named, dims, sites, spent(named), 0.7, options, storage=str(file))
+        return lines() - before
+
+    def lines():
+        return len(file.read_text().splitlines())
+
+    assert tried(calibrated, OPTIONS) > 10
+    assert tried(calibrated, replace(OPTIONS, eval_samples=2, max_drop=0.1)) <= 1
+    assert tried(calibration(1), OPTIONS) > 10
 
 
 def test_the_last_word_has_the_loss_after_the_whole_refit(calibrated, parts, monkeypatch):
