@@ -44,7 +44,6 @@ from .workers import ALONE, Workers
 
 PRUNED = ("plan", "parent", "kept_block_parameters")
 MORE = "train longer (--iters), take a larger student, or allow more"
-# What does not change how a run goes: it may differ when one goes on.
 
 
 def distill(
@@ -179,13 +178,11 @@ def _cached(
 ) -> Teacher:
     """A teacher that answers from disk, after it was asked for what is not there yet."""
     top_k = min(options.top_k, asked.count)
-    targets = TargetFolder(place, identity(teacher.path), (asked.train, asked.held_out), top_k)
+    texts = (asked.train, asked.held_out)
+    targets = TargetFolder(place, identity(teacher.path), texts, top_k, asked.count)
     if team.first and not targets.complete:
         check_memory(teacher)
-        targets.write(
-            teacher_of(teacher), batch_size=options.batch_size, count=asked.count,
-            progress=progress,
-        )  # fmt: skip
+        targets.write(teacher_of(teacher), batch_size=options.batch_size, progress=progress)
         mx.clear_cache()
     team.wait()
     return targets.teacher()

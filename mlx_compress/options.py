@@ -33,7 +33,8 @@ BUDGETS = {
     "disk_mb": ("disk_mb=12", "megabytes of weights as they are saved"),
     "latency_ms": ("latency_ms=3.5", "milliseconds of a forward pass on this machine"),
 }
-OF_THE_MEASURING = ("eval_samples", "max_drop", "drop_type", "study")  # change no result
+# What changes no result, and may differ when something is gone on with.
+OF_THE_MEASURING = ("eval_samples", "max_drop", "drop_type", "study")
 FRACTIONS = ("params", "macs")  # of the dense model's
 IMPORTANCES = (
     "auto", "random", "magnitude", "activation", "wanda", "fluctuation", "fisher", "taylor",

@@ -142,6 +142,6 @@ def _require_any(search: Search) -> None:
         )
     if not any(search.levels.values()):
         raise InputError(
-            "no config of the model can hold what a search would try; give --carrier NAME, or leave "
-            "out --global-pruning."
+            "no config of the model can hold what a search would try; give --carrier NAME, or "
+            "leave out --global-pruning."
         )

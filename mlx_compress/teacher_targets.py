@@ -37,13 +37,17 @@ STEP = 16  # batches between two entries of what is done
 
 
 class TargetFolder:
-    """The targets of some texts, in `folder`; `teacher` is what names whose they are."""
+    """The targets of some texts, in `folder`; `teacher` is what names whose they are. Its first
+    `count` logits matter, or all."""
 
-    def __init__(self, folder: Path, teacher: str, texts: Sequence[Text], top_k: int):
+    def __init__(
+        self, folder: Path, teacher: str, texts: Sequence[Text], top_k: int,
+        count: int | None = None,
+    ):  # fmt: skip
         self.folder, self.texts = folder, {text.name: text for text in texts}
-        self.top_k = top_k
+        self.top_k, self.count = top_k, count
         self.about = {
-            "format": FORMAT, "--teacher": teacher, "--top-k": top_k,
+            "format": FORMAT, "--teacher": teacher, "--top-k": top_k, "vocabulary": count,
             "--data": {text.name: text.key for text in texts},
         }  # fmt: skip
 
@@ -74,10 +78,9 @@ class TargetFolder:
         return all(done[name] == len(text.tokens) for name, text in self.texts.items())
 
     def write(
-        self, model: Callable[[mx.array], object], *, batch_size: int, count: int | None = None,
-        progress: Progress = silent,
-    ) -> None:  # fmt: skip
-        """Ask the teacher `model` for all that is not there; its first `count` logits matter.
+        self, model: Callable[[mx.array], object], *, batch_size: int, progress: Progress = silent
+    ) -> None:
+        """Ask the teacher `model` for all that is not there.
 
         Raises `ResourceError` where the disk has too little room.
         """
@@ -86,7 +89,7 @@ class TargetFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for text in self.texts.values():
-                self._write(model, text, done, batch_size, count, progress)
+                self._write(model, text, done, batch_size, progress)
         except OSError as error:
             if not is_disk_full(error):
                 raise
@@ -107,7 +110,7 @@ class TargetFolder:
         tokens = sum(text.tokens[:, 1:].size for text in self.texts.values())
         return tokens * (self.top_k * (4 + 2) + 2)
 
-    def _write(self, model, text: Text, done, batch_size, count, progress) -> None:
+    def _write(self, model, text: Text, done, batch_size, progress) -> None:
         name, total = text.name, len(text.tokens)
         if done[name] == total:
             return
@@ -115,8 +118,8 @@ class TargetFolder:
         starts = range(done[name], total, batch_size)
         for number, start in enumerate(starts, start=1):
             rows = slice(start, min(start + batch_size, total))
-            logits = first_array(model(mx.array(text.tokens[rows, :-1])))
-            for file, found in zip(files, likeliest(logits[..., :count], self.top_k), strict=True):
+            logits = first_array(model(mx.array(text.tokens[rows, :-1])))[..., : self.count]
+            for file, found in zip(files, likeliest(logits, self.top_k), strict=True):
                 file[rows] = found
             if number % STEP == 0 or rows.stop == total:
                 for file in files:

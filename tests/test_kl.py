@@ -77,6 +77,23 @@ def test_classes_masked_on_both_sides_count_nothing(forward):
     assert_close([nats, slope[:, :8], slope[:, 8:]], [wanted, by_logit, mx.zeros((2, 3))])
 
 
+@DIRECTIONS
+def test_a_class_that_one_side_rules_out_keeps_all_finite(forward):
+    pair = logits((2, 8))
+    side = 0 if forward else 1  # the one whose logarithm is weighed
+    pair[side] = mx.where(mx.arange(8) == 3, -mx.inf, pair[side])
+    name = "forward_kl" if forward else "reverse_kl"
+
+    def at(module):
+        loss = getattr(module, name)
+        return mx.value_and_grad(lambda s: loss(s, pair[1]).sum())(pair[0])
+
+    found = at(kl), at(losses)
+    assert np.isfinite(np.array(found[0][1])).all() and found[0][0].item() > 1
+    compared = slice(1) if forward else slice(2)  # q - p goes on saying what the student lacks
+    assert_close(found[0][compared], found[1][compared])
+
+
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="differ in shape"):
         kl.forward_kl(mx.zeros((2, 3)), mx.zeros((2, 4)))

@@ -24,8 +24,8 @@ TEXT = Text("train", TOKENS[:5], np.ones((5, 9), bool))
 HELD = Text("held out", TOKENS[:2], TEXT.mask[:2])
 
 
-def folder(place, *, teacher="t", texts=(TEXT, HELD), top_k=VOCABULARY):
-    return TargetFolder(place, teacher, texts, top_k)
+def folder(place, *, teacher="t", texts=(TEXT, HELD), top_k=VOCABULARY, count=None):
+    return TargetFolder(place, teacher, texts, top_k, count)
 
 
 @pytest.fixture
@@ -121,8 +121,9 @@ def test_what_was_cut_off_is_asked_once_and_ends_the_same(stop, place, tmp_path,
 
 @pytest.mark.parametrize(
     "changed, name",
-    [({"teacher": "u"}, "--teacher"), ({"top_k": 3}, "--top-k"), ({"texts": (HELD,)}, "--data")],
-)
+    [({"teacher": "u"}, "--teacher"), ({"top_k": 3}, "--top-k"), ({"texts": (HELD,)}, "--data"),
+     ({"count": VOCABULARY - 1}, "vocabulary")],
+)  # fmt: skip
 def test_targets_of_something_else_are_refused(changed, name, place):
     folder(place).write(build(LLAMA, 0), batch_size=2)
     with pytest.raises(InputError, match=f"holds targets of another {name}"):
@@ -165,5 +166,5 @@ def test_padding_of_the_vocabulary_is_never_kept(place):
     def padded(tokens):
         return mx.concatenate([build(LLAMA, 0)(tokens), mx.full((*tokens.shape, 4), 99.0)], axis=-1)
 
-    folder(place).write(padded, batch_size=2, count=VOCABULARY)
+    folder(place, count=VOCABULARY).write(padded, batch_size=2)
     assert np.load(place / "train.indices.npy").max() < VOCABULARY
