@@ -225,8 +225,8 @@ class Calibration:
         return self._fit[0]
 
     def _fitted(self, plan: PrunePlan, dims: list[Dimension]) -> tuple[Cutter, dict]:
-        """The closed form is followed by a sequential refit, which is kept where the held-out loss
-        is lower with it."""
+        """Of the plain cut, the closed form and the sequential refit that follows it, the one with
+        the lowest held-out loss."""
         if not self.options.refit:
             return self._recalibrated(plan)
         closed = self.closed_form(plan, dims)
@@ -235,20 +235,26 @@ class Calibration:
         unit = "tokens" if self.samples.task is NEXT_TOKEN else "rows"
         few = too_few(self.named, plan, self.statistics(dims), unit)
         self.notes += [few] if few and few not in self.notes else []
-        if not can_run(self.named, plan) or len(self._all.batches) < 2:
+        if len(self._all.batches) < 2:
             return closed, {"method": "closed form"}
-        sequential = refit_in_sequence(
-            self.named, plan, self.batches, self.fetch, held_out=self.held_out.batches,
-            masks=self._all.masks, start=closed, progress=self.progress,
-        )  # fmt: skip
-        cuts = {"closed form": closed, "sequential": sequential}
+        cuts: dict[str, Cutter] = {"as it is": Fitted(pruner(self.named, plan))}
+        cuts["closed form"] = closed
+        if can_run(self.named, plan):
+            cuts["sequential"] = refit_in_sequence(
+                self.named, plan, self.batches, self.fetch, held_out=self.held_out.batches,
+                masks=self._all.masks, start=closed, progress=self.progress,
+            )  # fmt: skip
+        best, judged = self._best(plan, cuts)
+        if best == "sequential":
+            closed.forget(cuts[best].fitted)
+        return cuts[best], {"method": best, "held_out": judged}
+
+    def _best(self, plan: PrunePlan, cuts: Mapping[str, Cutter]) -> tuple[str, dict[str, float]]:
+        """The name of the cut that loses least on held-out samples, and the losses of all."""
         judged = {
             name: float(self.losses(plan, cut, self.held_out).mean()) for name, cut in cuts.items()
         }
-        best = min(judged, key=judged.get)
-        if best == "sequential":
-            closed.forget(sequential.fitted)
-        return cuts[best], {"method": best, "held_out": judged}
+        return min(judged, key=judged.get), judged
 
     def _recalibrated(self, plan: PrunePlan) -> tuple[Cutter, dict]:
         """No weight is fitted; batch norms are measured anew where that is better."""
@@ -256,13 +262,9 @@ class Calibration:
         if not batch_norms(self.named.graph) or len(self._all.batches) < 2:
             return plain, {}
         anew = recalibrated(self.named, plan, self.batches, self.fetch, progress=self.progress)
-        judged = {
-            name: float(self.losses(plan, cut, self.held_out).mean())
-            for name, cut in {"as they are": plain, "batch norms anew": anew}.items()
-        }
-        best = min(judged, key=judged.get)
-        chosen = anew if best == "batch norms anew" else Fitted(plain)
-        return chosen, {"method": best, "held_out": judged}
+        cuts = {"as it is": Fitted(plain), "batch norms anew": anew}
+        best, judged = self._best(plan, cuts)
+        return cuts[best], {"method": best, "held_out": judged}
 
 
 def fit(planned) -> None:

@@ -68,7 +68,10 @@ def test_one_command_plans_refits_measures_and_exports(call, net, data, tmp_path
     assert report["task"]["measure"] == "top-1" and report["data"]["samples"] == 20
     held = record(out)
     assert held["verified"]["error_against_zeroing"] < 1e-5
-    assert held["refit"]["method"] in ("closed form", "sequential") and held["refit"]["lambda"]
+    fitted, judged = held["refit"], held["refit"]["held_out"]
+    assert judged.keys() == {"as it is", "closed form", "sequential"}
+    assert fitted["method"] == min(judged, key=judged.get)
+    assert bool(fitted["lambda"]) == (fitted["method"] != "as it is")
     assert held["metrics"]["paired"]["loss"] == report["paired"]["loss"]
     assert len(held["parent"]["sha256"]["model.safetensors"]) == 64
     assert (out / "onnx" / "model.onnx").is_file()
