@@ -11,7 +11,6 @@ Finished rows are kept in the JSON file, so an interrupted run goes on where it 
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,13 +29,13 @@ from ..bridges.mlx_lm import LanguageModel, open_model
 from ..budget import block_parameters
 from ..calibrate import calibrate
 from ..data import Windows
-from ..errors import InputError, exit_on_error
+from ..errors import exit_on_error
 from ..evaluate import bootstrap_interval, compare_scores, perplexity, score_tokens
 from ..expressible import snap
 from ..importance import CRITERIA, Sources
 from ..layers import dropped_parameters
 from ..options import Options
-from ..report import machine, write_report
+from ..report import write_report
 from ..samples import Samples
 from ..scoring import as_samples, inspect, on_text, read_windows
 from .baselines import (
@@ -50,6 +49,7 @@ from .baselines import (
     float32,
     method,
 )
+from .begun import begun
 
 EVAL_BATCH = 8
 OFF = 0.005  # by how much the fraction removed may miss what was asked for, unsaid
@@ -93,7 +93,7 @@ class Settings:
 
 def measure(model: LanguageModel, data: str, settings: Settings, out: Path, say=print) -> dict:
     """Fill in the rows that `out` does not hold yet, writing it after each; returns its content."""
-    result = _begin(settings, out)
+    result = begun(out, asdict(settings))
     done = {(r["method"], r["seed"], r["asked"]) for r in result["rows"]}
     todo = [run for run in settings.runs() if run not in done]
     if not todo:
@@ -112,17 +112,6 @@ def measure(model: LanguageModel, data: str, settings: Settings, out: Path, say=
         write_report(result, out)
         say(f"{name} {removed:g}: {row['nats_per_token']:.3f} nats/token, {row['seconds']:.1f} s")
     return result
-
-
-def _begin(settings: Settings, out: Path) -> dict:
-    fresh = {**machine(), "settings": json.loads(json.dumps(asdict(settings))), "rows": []}
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return fresh
-    held = json.loads(out.read_text())
-    if held["settings"] != fresh["settings"]:
-        raise InputError(f"{out}: made with other settings; remove it, or name another --out.")
-    return held
 
 
 def aim_at(model, named: NamedAxes, removed: float, settings: Settings) -> Aim:

@@ -31,9 +31,10 @@ from ..errors import InputError, exit_on_error
 from ..evaluate_samples import score_samples
 from ..options import Options
 from ..program import Program, prune_program
-from ..report import machine, write_report
+from ..report import write_report
 from ..samples import Samples, read_samples
 from ..shrink import on_samples, plan_program
+from .begun import begun
 from .imported import installed_encoder
 
 RESULTS = Path(__file__).parent / "results"
@@ -175,12 +176,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "encoders.json")
     args = parser.parse_args(argv)
     with exit_on_error():
-        held = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-        result = [Row(**row) for row in held]
+        document = begun(args.out, {"pairs": args.pairs})
+        result = [Row(**row) for row in document["rows"]]
         console = Console(width=120)
         for row in rows(args.data, list(map(float, args.kept.split(","))), args.pairs, result):
             result.append(row)
-            document = {**machine(), "pairs": args.pairs, "rows": [asdict(r) for r in result]}
+            document["rows"].append(asdict(row))
             write_report(document, args.out)
             console.print(f"{row.method} at {row.kept:.2f}: {row.spearman:.4f}")
         console.print(table(result))

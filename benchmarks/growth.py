@@ -7,7 +7,7 @@ process: a first question (statistics of all kinds are collected and kept, a pla
 scores), a second one (another ratio, from the statistics on disk), and the whole job with the
 refit, saved and proven. Times are seconds of CPU, of all cores together, which other work on the
 machine disturbs least. A JSON and a plot come out. What the JSON has already, of the same steps,
-size and machine, is not measured again: remove it when the code has changed.
+size, is not measured again: remove it when the code has changed.
 """
 
 import argparse
@@ -24,7 +24,9 @@ import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
 
-from ..report import machine, write_report
+from ..errors import exit_on_error
+from ..report import write_report
+from .begun import begun
 from .lean import Size, write_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -115,12 +117,6 @@ def plot(rows: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _known(file: Path) -> list[dict]:
-    held = json.loads(file.read_text()) if file.exists() else {}
-    rows = held.pop("rows", [])
-    return rows if held == {**machine(), "size": asdict(Size())} else []
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", default="2,4,8,16")
@@ -135,13 +131,15 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(step(args.step, args.folder, Size(**json.loads(args.size)))))
         return
     console, asked = Console(width=120), set(args.steps.split(","))
-    rows = [row for row in _known(args.out) if asked <= row.keys()]
+    with exit_on_error():
+        document = begun(args.out, asdict(Size()))
+    rows = [row for row in document["rows"] if asked <= row.keys()]
     for layers in map(int, args.layers.split(",")):
         if any(row["layers"] == layers for row in rows):
             continue
         row = measure(replace(Size(), layers=layers, refit=1), tuple(args.steps.split(",")))
         rows = sorted([*rows, row], key=lambda each: each["layers"])
-        write_report({**machine(), "size": asdict(Size()), "rows": rows}, args.out)
+        write_report(document | {"rows": rows}, args.out)
         console.print(f"{layers} layers: first {row['first']['seconds']:.0f} s")
     console.print(table(rows))
     if args.plot:

@@ -14,7 +14,6 @@ than a user can be. Rows are written as they come, and those in the file are not
 import argparse
 import copy
 import importlib.metadata
-import json
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
@@ -30,7 +29,8 @@ from rich.table import Table
 from torch import nn
 
 from ..errors import InputError, exit_on_error
-from ..report import machine, write_report
+from ..report import write_report
+from .begun import begun
 from .networks import as_in_training, cifar10_test, cifar10_train, trained_resnet
 
 BATCH = 100
@@ -337,7 +337,9 @@ def main(argv: list[str] | None = None) -> None:
 def _run(args) -> None:
     images, labels = (array[: args.images] for array in cifar10_train(args.data))
     images = as_in_training(images, seed=0)
-    networks = _known(args.out, args.images)
+    result = begun(args.out, {"images": args.images}, networks=[])
+    networks = {(n["depth"], n["speedup"]): [PeerRow(**row) for row in n["rows"]]
+                for n in result["networks"]}  # fmt: skip
     for depth, speedup in product(args.depths.split(","), args.speedups.split(",")):
         key = int(depth), float(speedup)
         rows = networks.setdefault(key, [])
@@ -346,17 +348,8 @@ def _run(args) -> None:
             args.data, key[0], 1 / key[1], images, labels, known, args.family or SETTINGS
         ):
             rows.append(row)
-            write_report(_report(args.images, _listed(networks)), args.out)
+            write_report(result | _report(_listed(networks)), args.out)
     Console(width=150).print(table(_listed(networks)))
-
-
-def _known(file: Path, images: int) -> dict[tuple[int, float], list[PeerRow]]:
-    """The rows of an earlier run on as many images, by depth and speed-up."""
-    held = json.loads(file.read_text()) if file.exists() else {"images": None}
-    if held["images"] != images:
-        return {}
-    return {(n["depth"], n["speedup"]): [PeerRow(**row) for row in n["rows"]]
-            for n in held["networks"]}  # fmt: skip
 
 
 def _listed(networks: dict[tuple[int, float], list[PeerRow]]) -> list[dict]:
@@ -364,10 +357,10 @@ def _listed(networks: dict[tuple[int, float], list[PeerRow]]) -> list[dict]:
             for (depth, speedup), rows in networks.items()]  # fmt: skip
 
 
-def _report(images: int, networks: list[dict]) -> dict:
+def _report(networks: list[dict]) -> dict:
     peers = {name: importlib.metadata.version(name) for name in ("torch", "torch-pruning")}
     plain = [{**n, "rows": [asdict(row) for row in n["rows"]]} for n in networks]
-    return {**machine(), "peers": peers, "images": images, "networks": plain}
+    return {"peers": peers, "networks": plain}
 
 
 if __name__ == "__main__":

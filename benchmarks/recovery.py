@@ -33,12 +33,13 @@ from ..errors import exit_on_error
 from ..evaluate import bootstrap_interval, token_losses
 from ..explained import Explainer, Traced
 from ..options import DIVERGENCES, DistillOptions, Options
-from ..report import machine, write_report
+from ..report import write_report
 from ..scoring import read_windows
 from ..token_loss import Batch, gradients
 from ..training import train
 from ..training_state import TrainingFolder
 from ..training_text import Text, read_training
+from .begun import begun
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN, STAGES = "fine-tuning", "reverse-kl + two stages"
@@ -189,10 +190,10 @@ def measured(args, out: Path, say) -> dict:
     place = out.with_suffix("")
     place.mkdir(parents=True, exist_ok=True)
     bench = prepared(args, place)
-    result = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    named = ("kept", "iters", "batch_size", "max_seq_length", "learning_rate", "eval_samples")
+    result = begun(out, {name: getattr(args, name) for name in named})
     ratio = result.get("steps_of_fine_tuning") or time_ratio(bench)
-    result |= {**machine(), "options": asdict(bench.options), "steps_of_fine_tuning": ratio,
-               "dense": bench.dense_nats.tolist()}  # fmt: skip
+    result |= {"steps_of_fine_tuning": ratio, "dense": bench.dense_nats.tolist()}
     known = {(row["method"], row["seed"]) for row in result["rows"]}
     for seed in range(args.seeds):
         for name in args.methods.split(",") if args.methods else METHODS:

@@ -1,12 +1,12 @@
 """What training brings back to vision nets and sentence encoders that were made smaller.
 
-    python -P -m mlx_compress.benchmarks.recovery_samples --data FOLDER --tasks encoder,resnet
+    python -P -m mlx_compress.benchmarks.recovery_samples --data FOLDER --task encoder
 
 encoder: all-MiniLM-L6-v2 with half of its block parameters, against its first three layers, each
 learning the embeddings that the whole encoder gives to the sentences of STS-B's training split;
-Spearman on the test split. resnet: ResNet-56 at 2.1x fewer MACs, learning the class scores of the
-whole one or the labels alone, on 5,000 training images, each shifted and mirrored several times;
-top-1 on 1,000 test images. Runs of one task are equally long.
+Spearman on the test split. resnet (`--task resnet`): ResNet-56 at 2.1x fewer MACs, learning the
+class scores of the whole one or the labels alone, on 5,000 training images, each shifted and
+mirrored several times; top-1 on 1,000 test images. Runs of one task are equally long.
 
 Runs are kept beside the JSON file, step by step, so an interrupted benchmark goes on.
 """
@@ -36,10 +36,11 @@ from ..options import DistillOptions, Options
 from ..program import Program, with_weights
 from ..program_distill_recipe import read_training
 from ..program_recipe import SavedProgram
-from ..report import machine, write_report
+from ..report import write_report
 from ..samples import read_samples
 from ..training import train
 from ..training_state import TrainingFolder
+from .begun import begun
 from .encoders import write_data, write_encoder
 from .imported import installed_encoder
 from .networks import as_in_training, cifar10_test, cifar10_train
@@ -165,12 +166,12 @@ def _parameters(program: Program) -> int:
 
 def rows(args, result: dict, place: Path, say) -> Iterator[dict]:
     """What is not done yet."""
-    known = {(r["task"], r["method"], r["seed"]) for r in result["rows"]}
+    known = {(r["method"], r["seed"]) for r in result["rows"]}
     for seed in range(args.seeds):
         for method in METHODS:
-            if method.task not in args.tasks.split(",") or (seed and not method.training):
+            if method.task != args.task or (seed and not method.training):
                 continue
-            if (method.task, method.name, seed) not in known:
+            if (method.name, seed) not in known:
                 yield measured(method, args.data, place, seed, args, say)
 
 
@@ -185,19 +186,20 @@ def table(result: dict) -> Table:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder with enc-stsb ...")
-    parser.add_argument("--tasks", default="encoder,resnet")
+    parser.add_argument("--task", choices=list(PRUNING), required=True)
     parser.add_argument("--iters", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "recovery-samples.json")
+    parser.add_argument("--out", type=Path, help="a file [results/recovery-TASK.json]")
     args = parser.parse_args(argv)
+    out = args.out or RESULTS / f"recovery-{args.task}.json"
     with exit_on_error():
-        console, place = Console(width=120), args.out.with_suffix("")
+        console, place = Console(width=120), out.with_suffix("")
         place.mkdir(parents=True, exist_ok=True)
-        result = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
+        result = begun(out, {"iters": args.iters, "batch_size": args.batch_size})
         for row in rows(args, result, place, console.print):
             result["rows"].append(row)
-            write_report(result | machine(), args.out)
+            write_report(result, out)
         console.print(table(result))
 
 

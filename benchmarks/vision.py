@@ -32,9 +32,10 @@ from ..errors import InputError, exit_on_error
 from ..evaluate_samples import score_samples
 from ..options import Options
 from ..program import Program, prune_program
-from ..report import machine, write_report
+from ..report import write_report
 from ..samples import Samples, read_samples
 from ..shrink import on_samples, plan_program
+from .begun import begun
 from .networks import as_in_training, cifar10_test, cifar10_train, trained_resnet
 
 RESULTS = Path(__file__).parent / "results"
@@ -188,13 +189,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with exit_on_error():
         depths, speedups = map(int, args.depths.split(",")), map(float, args.speedups.split(","))
-        held = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-        result = [Row(**row) for row in held]
+        document = begun(args.out, {"samples": args.samples, "trials": args.trials})
+        result = [Row(**row) for row in document["rows"]]
         console = Console(width=140)
         asked = (list(depths), list(speedups), args.samples, args.trials, args.method or names)
         for row in rows(args.data, *asked, result):
             result.append(row)
-            document = {**machine(), "samples": args.samples, "rows": [asdict(r) for r in result]}
+            document["rows"].append(asdict(row))
             write_report(document, args.out)
             console.print(f"{row.method}: {row.accuracy:.3f}")
         console.print(table(result))
