@@ -2,12 +2,13 @@
 
     python -P -m mlx_compress.benchmarks.fused
 
-Forward KL between a student and a teacher, in plain MLX, from hidden states and heads of random
-numbers (float32), with the gradients by the student's hidden states and head:
+Reverse KL between a student and a teacher, from hidden states and heads of random numbers in
+float32, with the gradients by the student's hidden states and head:
 
-- whole: both models' logits, the loss, `mx.value_and_grad`;
-- fused: `mx.value_and_grad` of `kernels.projected.projected_loss`;
-- stepwise: `kernels.projected.projected_grads`, which evaluates each chunk in its turn.
+- whole: both models' logits, the loss in plain MLX, `mx.value_and_grad`;
+- fused: `mx.value_and_grad` of `kernels.projected.projected_loss` of `kernels.kl`, with as many
+  tokens at a time as `compress distill` takes;
+- stepwise: the same by `kernels.projected.projected_grads`, which evaluates each chunk in its turn.
 
 Every row is a fresh process. Memory is MLX's peak less what the inputs take (hidden states, heads,
 mask), so it holds the gradients that come out: the head's alone is `vocabulary x width` in float32.
@@ -27,28 +28,32 @@ import mlx.nn as nn
 from rich.console import Console
 from rich.table import Table
 
+from ..distill_text import chunk_of
+from ..kernels import kl
 from ..kernels.projected import projected_grads, projected_loss
 from ..report import machine, write_report
 
 RESULT = Path(__file__).parent / "results" / "fused.json"
 WAYS = ("whole", "fused", "stepwise")
 GOAL = 1 / 8
-# Vocabulary, tokens, chunk. The third has four times the tokens in chunks four times as large:
-# larger products, and less of the peak is the head's gradient.
-SIZES = "32000:512:16,152000:512:16,32000:2048:64"
+SIZES = "32000:2048,152000:512"  # vocabulary and tokens
 
 
 @dataclass(frozen=True)
 class Size:
     vocabulary: int
     tokens: int
-    chunk: int
     width: int = 256
 
+    @property
+    def chunk(self) -> int:
+        return chunk_of(self.tokens, self.vocabulary)
 
-def forward_kl(student_logits: mx.array, teacher_logits: mx.array) -> mx.array:
+
+def reverse_kl(student_logits: mx.array, teacher_logits: mx.array) -> mx.array:
+    """As anybody would write it."""
     log_q, log_p = (nn.log_softmax(each, axis=-1) for each in (student_logits, teacher_logits))
-    return (mx.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    return (mx.exp(log_q) * (log_q - log_p)).sum(axis=-1)
 
 
 def inputs(size: Size) -> tuple[mx.array, ...]:
@@ -86,7 +91,7 @@ def step(way: str, size: Size) -> dict:
 
 def _run(way, size, hidden, head, states, teacher_head, mask):
     choices = {
-        "loss": lambda logits, rows: forward_kl(logits, rows @ teacher_head.T),
+        "loss": lambda logits, rows: kl.reverse_kl(logits, rows @ teacher_head.T),
         "per_token": [states],
         "chunk": size.chunk,
     }
@@ -95,7 +100,7 @@ def _run(way, size, hidden, head, states, teacher_head, mask):
         return nats, grads["hidden"], grads["head"]
 
     def whole(hidden, head):
-        return (forward_kl(hidden @ head.T, states @ teacher_head.T) * mask).sum()
+        return (reverse_kl(hidden @ head.T, states @ teacher_head.T) * mask).sum()
 
     def fused(hidden, head):
         return projected_loss(hidden, head, mask, **choices)
@@ -125,7 +130,7 @@ def measure(size: Size) -> dict:
             for got, want in zip(_numbers(row), _numbers(rows["whole"]), strict=True)
         )
     return {
-        "size": asdict(size),
+        "size": asdict(size) | {"chunk": size.chunk},
         "logit_bytes": 4 * size.tokens * size.vocabulary,
         "rows": rows,
         "met": rows["fused"]["of_whole"] <= GOAL,
@@ -156,7 +161,7 @@ def table(cases: list[dict]) -> Table:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default=SIZES, help="vocabulary:tokens:chunk, by commas")
+    parser.add_argument("--sizes", default=SIZES, help="vocabulary:tokens, by commas")
     parser.add_argument("--width", type=int, default=Size.width)
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--step", choices=WAYS, help=argparse.SUPPRESS)

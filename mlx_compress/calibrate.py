@@ -58,7 +58,6 @@ class Statistics:
 
     moments: dict[tuple[int, int | None], Moments] = field(default_factory=dict)
     second: MutableMapping[tuple, np.ndarray] = field(default_factory=dict)
-    tokens: int = 0
 
 
 def calibrate(
@@ -101,7 +100,6 @@ def calibrate(
         _collect(named, meter, first, group, fetch, loss, told)
         if store:
             _commit(store, statistics, first + len(group))
-    statistics.tokens = sum(int(batch[0].size) for batch in batches)
     return statistics
 
 

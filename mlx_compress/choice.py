@@ -15,6 +15,7 @@ import numpy as np
 from .allocate import Request, choose
 from .axes import Dimension, NamedAxes
 from .edit import edit_graph
+from .evaluate import bootstrap_interval
 from .importance import CRITERIA, Sources, criterion, needs
 from .options import Options
 from .plan import PrunePlan
@@ -22,7 +23,6 @@ from .prune import Cutter, pruned_fetch
 from .stream import Progress, silent, stream_forward
 from .tasks import NEXT_TOKEN
 
-RESAMPLES = 2000
 BASELINE = "random"
 
 
@@ -44,11 +44,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The winner, and for each candidate how much worse than the best it is, with an interval."""
+    """The winner, and for each candidate how much worse than the best it is, with the interval of
+    `bootstrap_interval`."""
 
     winner: Candidate
     candidates: list[Candidate]
-    behind: dict[str, tuple[float, float, float]]
+    behind: dict[str, dict[str, float]]
     unit: str = NEXT_TOKEN.unit
 
     def document(self) -> list[dict]:
@@ -58,13 +59,12 @@ class Verdict:
                 "criterion": c.name,
                 "loss": c.mean,
                 "unit": self.unit,
-                "behind_best": dict(zip(("estimate", "low", "high"), self.behind[c.name],
-                                        strict=True)),
+                "behind_best": self.behind[c.name],
                 "seconds": c.seconds,
                 "chosen": c is self.winner,
             }
             for c in self.candidates
-        ]  # fmt: skip
+        ]
 
 
 def judge(
@@ -99,19 +99,15 @@ def decide(candidates: list[Candidate], *, seed: int = 0) -> Verdict:
     """
     eligible = [c for c in candidates if c.name != BASELINE]
     best = min(eligible, key=lambda c: c.mean)
-    behind = {c.name: _interval(c.losses - best.losses, seed) for c in candidates}
-    worse = min((c.mean for c in eligible if behind[c.name][1] > 0), default=np.inf)
-    cheap = [c for c in eligible if not c.dear and behind[c.name][1] <= 0 and c.mean <= worse]
+    each = np.ones(len(best.losses))
+    behind = {
+        c.name: bootstrap_interval(c.losses - best.losses, each, seed=seed) for c in candidates
+    }
+    worse = min((c.mean for c in eligible if behind[c.name]["low"] > 0), default=np.inf)
+    level = [c for c in eligible if behind[c.name]["low"] <= 0 and c.mean <= worse]
+    cheap = [c for c in level if not c.dear]
     winner = min(cheap, key=lambda c: c.mean, default=best)
     return Verdict(winner, candidates, behind)
-
-
-def _interval(differences: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """Mean, and the 95 % bootstrap interval of it, over sequences."""
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(differences), (RESAMPLES, len(differences)))
-    low, high = np.quantile(differences[draws].mean(axis=1), (0.025, 0.975))
-    return float(differences.mean()), float(low), float(high)
 
 
 def sequence_losses(

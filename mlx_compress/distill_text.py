@@ -37,8 +37,9 @@ from .workers import ALONE, Workers
 Teacher = Callable[[Text, np.ndarray, mx.array], tuple[mx.array, ...]]
 # The prompts [B, P] with so many tokens behind them that a model samples by a key.
 Write = Callable[[nn.Module, mx.array, int, mx.array], mx.array]
-# Logits of a batch beyond the first are never whole; as many tokens at a time as fit the second.
-LOGITS_BYTES, CHUNK_BYTES, LEAST_CHUNK = 2**28, 2**25, 16
+# Logits of a batch beyond the first are never whole; at most as many at a time as fit the second,
+# and of so small a part of the tokens that the peak is a fraction of the whole.
+LOGITS_BYTES, CHUNK_BYTES, LEAST_CHUNK, CHUNKS = 2**28, 2**25, 16, 32
 
 
 class Live:
@@ -65,6 +66,11 @@ class Live:
         if self.head is None and isinstance(self.model, nn.Module):
             self.head = head_of(self.model)
         return self.head
+
+
+def chunk_of(tokens: int, vocabulary: int) -> int:
+    """How many of a batch's tokens get their logits at a time."""
+    return max(LEAST_CHUNK, min(CHUNK_BYTES // (4 * vocabulary), tokens // CHUNKS))
 
 
 @dataclass
@@ -122,8 +128,7 @@ class NextToken:
         theirs = self.teacher.split() if own and is_live else None
         if own is None or is_live and theirs is None:
             return None
-        chunk = max(LEAST_CHUNK, CHUNK_BYTES // (4 * self.vocabulary))
-        return Split(own, chunk, theirs and theirs.logits)
+        return Split(own, chunk_of(tokens, self.vocabulary), theirs and theirs.logits)
 
     def _matching(self) -> Matching | None:
         """How what is inside the models is compared, where the options ask for it."""

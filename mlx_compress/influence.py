@@ -4,7 +4,7 @@ They have the names of `importance.CRITERIA`. A score is float64 [entries], infi
 that cannot be dropped. What a layer is scored by is what it adds to the residual stream.
 
     sources = LayerSources(named, dims, fetch, calibrate_layers(named, batches, fetch, dims=dims))
-    cut = drop_least(dims[0], LAYER_CRITERIA["activation"](sources)[dims[0].name], count=2)
+    scores = LAYER_CRITERIA["activation"](sources)[dims[0].name]
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,7 @@ import numpy as np
 from .axes import NamedAxes
 from .errors import InputError
 from .importance import Scores
-from .layers import Branch, LayerDimension, without
-from .plan import Cut
+from .layers import Branch, LayerDimension
 from .stream import Fetch, Progress, silent, stream_backward, stream_forward
 
 Pair = tuple[int, int, bool]  # ids of x and of f(x), or of x and of x + f(x) where the flag is set
@@ -102,22 +101,6 @@ LAYER_CRITERIA: dict[str, Callable[[LayerSources], Scores]] = {
     "wanda": wanda,
     "taylor": taylor,
 }
-
-
-def drop_least(dim: LayerDimension, scores: np.ndarray, count: int) -> Cut:
-    """The cut that drops the `count` entries of the lowest scores; of equal ones, the later.
-
-    Raises `InputError` when fewer can be dropped, or when none would be left.
-    """
-    able = len(dim.removable)
-    if count > able or count >= dim.size:
-        why = next(iter(dim.why.values()), "one has to stay")
-        raise InputError(
-            f"{dim.name}: {count} of {dim.size} cannot be removed, at most "
-            f"{min(able, dim.size - 1)} can ({why})."
-        )
-    order = sorted(dim.removable, key=lambda i: (scores[i], -i))
-    return without(dim, order[:count])
 
 
 def calibrate_layers(

@@ -91,6 +91,9 @@ def layer_scores(
     """Scores of whole layers and branches by the options' criterion."""
     options, fetch = calibration.options, calibration.fetch
     name = options.importance if options.importance in LAYER_CRITERIA else INFLUENCE
+    told = f"whole layers are ranked by {name}: {options.importance} says nothing of them"
+    if name != options.importance and told not in calibration.notes:
+        calibration.notes.append(told)
     if "data" not in needs(name):
         return LAYER_CRITERIA[name](LayerSources(named, tuple(dims), fetch, seed=options.seed))
     names = {d.name for d in dims}

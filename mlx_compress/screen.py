@@ -72,8 +72,9 @@ def verdict_table(verdict: Verdict) -> Table:
     """Every criterion on held-out calibration samples, and how far it is behind the best."""
     rows = table("criterion", verdict.unit, "more than the best (95 %)", "status")
     for candidate in verdict.candidates:
-        ends = verdict.behind[candidate.name]
-        behind = "{:+.3f} ({:+.3f} to {:+.3f})".format(*ends) if any(ends) else ""
+        found = verdict.behind[candidate.name]
+        behind = "{estimate:+.3f} ({low:+.3f} to {high:+.3f})".format(**found)
+        behind = behind if any(found.values()) else ""
         chosen = "chosen" if candidate is verdict.winner else ""
         rows.add_row(candidate.name, f"{candidate.mean:.3f}", behind, chosen)
     return rows

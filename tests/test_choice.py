@@ -26,7 +26,7 @@ def candidates(**means):
 def test_a_difference_smaller_than_the_spread_of_the_text_is_told():
     verdict = decide(candidates(cheap=0.02, dear=0.0))
     assert verdict.winner.name == "dear"
-    estimate, low, high = verdict.behind["cheap"]
+    estimate, low, high = verdict.behind["cheap"].values()
     assert low < estimate < high and estimate == pytest.approx(0.02, abs=0.006) and low > 0
 
 
@@ -45,13 +45,13 @@ def test_noise_saves_no_candidate_that_is_worse_than_one_told_apart():
     swing = np.where(np.arange(40) % 2, 0.5, -0.5)
     noisy = Candidate("noisy", PrunePlan({}), best.losses + 0.04 + swing, 0.1)
     verdict = decide([noisy, clear, best])
-    assert verdict.behind["noisy"][1] < 0 < verdict.behind["clear"][1]
+    assert verdict.behind["noisy"]["low"] < 0 < verdict.behind["clear"]["low"]
     assert verdict.winner.name == "best"
 
 
 def test_random_is_compared_with_and_never_wins():
     verdict = decide(candidates(random=-0.5, cheap=0.1, dear=0.0))
-    assert verdict.winner.name == "dear" and verdict.behind["random"][2] < 0
+    assert verdict.winner.name == "dear" and verdict.behind["random"]["high"] < 0
 
 
 def test_the_verdict_can_be_read_in_the_report():
@@ -77,7 +77,7 @@ def test_a_model_is_planned_by_the_criterion_that_loses_least(tmp_path):
     assert all(len(c.losses) == 4 for c in planned.verdict.candidates)  # a quarter of 16
     assert planned.plan.recipe["chosen"] == planned.verdict.winner.name
     assert planned.plan.cuts == planned.verdict.winner.plan.cuts
-    assert planned.verdict.behind[planned.verdict.winner.name][1] <= 0
+    assert planned.verdict.behind[planned.verdict.winner.name]["low"] <= 0
 
 
 def test_the_saved_weights_are_the_refitted_ones_unless_asked_otherwise(tmp_path):

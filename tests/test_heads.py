@@ -90,6 +90,17 @@ def test_a_head_that_is_not_trained_has_no_gradient():
     same(gradients(Traced(student), [apart], DistillOptions(), split=split), expected)
 
 
+@pytest.mark.parametrize("vocabulary", [32_000, 152_000, 1_000_000])
+@pytest.mark.parametrize("tokens", [100, 2048, 65536])
+def test_as_many_tokens_at_a_time_as_a_fraction_of_the_logits_allows(vocabulary, tokens):
+    chunk = distill_text.chunk_of(tokens, vocabulary)
+    assert chunk == distill_text.LEAST_CHUNK or (
+        chunk * 32 <= tokens and 4 * chunk * vocabulary <= distill_text.CHUNK_BYTES
+    )
+    more = chunk + 1
+    assert more * 32 > tokens or 4 * more * vocabulary > distill_text.CHUNK_BYTES
+
+
 def test_a_run_with_large_logits_takes_heads_off_and_goes_the_same_way(tmp_path, monkeypatch):
     options = DistillOptions(iters=6, batch_size=2, warmup=0, learning_rate=3e-3, steps_per_eval=3)
     done = {}

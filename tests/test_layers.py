@@ -21,7 +21,7 @@ from mlx_compress.execute import run
 from mlx_compress.fields import Inexpressible, fit_config
 from mlx_compress.graph import trace
 from mlx_compress.importance import CRITERIA
-from mlx_compress.influence import LAYER_CRITERIA, LayerSources, calibrate_layers, drop_least
+from mlx_compress.influence import LAYER_CRITERIA, LayerSources, calibrate_layers
 from mlx_compress.layers import (
     bypass,
     kept_layers,
@@ -422,10 +422,13 @@ def test_a_criterion_without_a_word_on_layers_leaves_them_to_their_influence():
         options = Options(importance=name, batch_size=1)
         calibration = scoring.on_text(source, windows, options, [])
         named = calibration.named
-        return scoring.layer_scores(calibration, named, layer_dimensions(named))
+        found = scoring.layer_scores(calibration, named, layer_dimensions(named))
+        return found, calibration.notes
 
-    found, wanted = scores("osscar"), scores(scoring.INFLUENCE)
+    (found, told), (wanted, nothing) = scores("osscar"), scores(scoring.INFLUENCE)
     assert found and all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    assert told == ["whole layers are ranked by activation: osscar says nothing of them"]
+    assert not nothing
 
 
 def test_random_scores_follow_the_seed():
@@ -444,16 +447,7 @@ def test_a_block_that_does_nothing_is_dropped_first():
     blocks = layer_dimensions(named)[0]
     for criterion in ("magnitude", "activation", "wanda", "taylor"):
         scores = scored(named, parameters, criterion)[blocks.name]
-        assert drop_least(blocks, scores, 1).keep == [0, 2], criterion
-
-
-def test_no_more_layers_are_dropped_than_can_be():
-    named, _ = opened(zoo.build("nemotron_h"))
-    dims = dims_of(named)
-    with pytest.raises(InputError, match="3 of 4 cannot be removed, at most 2 can"):
-        drop_least(dims["backbone.layers.mlp"], np.zeros(4), 3)
-    with pytest.raises(InputError, match="4 of 4 cannot be removed, at most 3 can"):
-        drop_least(dims["backbone.layers"], np.zeros(4), 4)
+        assert np.argmin(scores) == 1, criterion
 
 
 def test_nan_in_the_stream_is_an_error():
