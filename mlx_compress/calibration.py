@@ -205,6 +205,14 @@ class Calibration:
         cut = self.closed_form(plan, dims, quick=True)
         return self.losses(plan, cut, self.held_out if samples is None else samples)
 
+    def scored(self, plan: PrunePlan, dims: list[Dimension], samples: Samples) -> float:
+        """The task's own measure on `samples` after a plan and its refit."""
+        answers = sequence_losses(
+            self.at(samples), plan, self.closed_form(plan, dims, quick=True), self.fetch,
+            samples.batches, samples.answers,
+        )  # fmt: skip
+        return samples.score(answers)
+
     def fitted(self, plan: PrunePlan, dims: list[Dimension]) -> tuple[Cutter, dict]:
         """The cutter to save with, and what to record of it: how it was fitted, and why so."""
         if self._fit is None or self._fit[0].cuts != plan.cuts:

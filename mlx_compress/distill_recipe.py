@@ -26,7 +26,7 @@ from .data import Windows
 from .distill_text import Live, NextToken, Teacher
 from .errors import InputError
 from .explained import Explainer, Traced
-from .gate import rejected, require_drop
+from .gate import LOSS, Figure, rejected, require_drop
 from .inner import inside_bytes
 from .options import DIVERGENCES, OF_THE_MEASURING, DistillOptions, among
 from .plan import PrunePlan
@@ -118,7 +118,7 @@ def distill(
     save_pruned(student, planned, out, fetch=fetch, finish=finish, progress=progress)
     shutil.rmtree(work)
     report = json.loads((out / "report.json").read_text(encoding="utf8"))
-    require_gate(report, "nats_per_token", options, out)
+    require_gate(report, LOSS, options, out)
     return report
 
 
@@ -275,11 +275,10 @@ def made_from(teacher: Path, student: Path) -> dict:
     return made | {"student": before}
 
 
-def require_gate(report: dict, loss: str, options: DistillOptions, out: Path) -> None:
+def require_gate(report: dict, figure: Figure, options: DistillOptions, out: Path) -> None:
     """Set a model aside that loses more than the options allow. Raises `Rejected`."""
     if "compressed" in report:
-        losses = [report[name][loss] for name in ("dense", "compressed")]
-        require_drop(*losses, options.max_drop, options.drop_type, out, lambda: MORE)
+        require_drop(report, figure, options, out, lambda: MORE)
 
 
 def _record(folder: Path) -> dict | None:

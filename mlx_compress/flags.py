@@ -97,8 +97,11 @@ Refit = Annotated[
 ]
 MaxDrop = Annotated[
     float | None,
-    typer.Option("--max-drop", metavar="X", help="Reject a model whose loss rises by more."),
-]
+    typer.Option(
+        "--max-drop", metavar="X",
+        help="Reject a model that loses more: nats per token, or top-1, or Spearman's correlation.",
+    ),
+]  # fmt: skip
 DropType = Annotated[
     str, typer.Option("--drop-type", metavar="NAME", help=f"One of {', '.join(DROP_TYPES)}.")
 ]

@@ -1,27 +1,48 @@
 """A gate on what may be lost, and what would pass it.
 
-The loss is that of the task, on samples that nothing was made from (nats per token, for text). An
-absolute drop is its increase; a relative one is the increase over the dense model's loss.
+It is about one figure, on samples that nothing was made from: nats per token for text, for others
+the task's own measure (top-1, Spearman's correlation). An absolute drop is how much worse it gets;
+a relative one is that over the dense model's figure.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .allocate import choose, request
 from .errors import GateFailed
 from .layers import is_layer_cut
-from .options import Options
+from .options import DistillOptions, Options
 from .samples import Samples
+from .tasks import NEXT_TOKEN, TINY
 
 STEPS = 6  # halvings of the interval between what was asked for and nothing removed
 NEAR = 0.01  # of the amount: closer than this is not looked for
 
 
-def drop(dense: float, compressed: float, drop_type: str) -> float:
-    """How much worse the compressed model is; negative where it is better."""
-    return (compressed - dense) / (dense if drop_type == "relative" else 1.0)
+@dataclass(frozen=True)
+class Figure:
+    """Where a report has it, what it is called, and whether more of it is better."""
+
+    key: str
+    name: str
+    higher_is_better: bool
+
+    def drop(self, dense: float, compressed: float, drop_type: str) -> float:
+        """How much worse the compressed model is; negative where it is better."""
+        worse = dense - compressed if self.higher_is_better else compressed - dense
+        return worse / (max(abs(dense), TINY) if drop_type == "relative" else 1.0)
+
+
+LOSS = Figure("nats_per_token", "the loss", higher_is_better=False)
+
+
+def figure_of(samples: Samples) -> Figure:
+    """What a model is judged by on these samples."""
+    if samples.task is NEXT_TOKEN:
+        return LOSS
+    return Figure("score", samples.measure, samples.higher_is_better)
 
 
 def amount(options: Options, whole: float = 1.0) -> float:
@@ -86,40 +107,46 @@ class Rejected(GateFailed):
         self.folder = folder
 
 
-def pass_gate(planned, dense: float, compressed: float, samples: Samples, out: Path) -> None:
+def pass_gate(planned, report: Mapping, samples: Samples, out: Path) -> None:
     """Set a model that loses too much aside, and say what would pass. Raises `Rejected`.
 
-    `planned` is what was saved to `out`, with the calibration that it stands on; the losses are
-    those of both models on `samples`.
+    `planned` is what was saved to `out`, with the calibration that it stands on; `report` has the
+    figures of both models on `samples`.
     """
-    options = planned.calibration.options
+    options, figure = planned.calibration.options, figure_of(samples)
 
     def remedy() -> str:
-        budget = planned.calibration.budget
+        budget, dense = planned.calibration.budget, report["dense"][figure.key]
         whole = 1.0 if budget is None else budget.dense()
-        return words(options, _what_passes(planned, dense, samples, whole), whole)
+        return words(options, _what_passes(planned, figure, dense, samples, whole), whole)
 
-    require_drop(dense, compressed, options.max_drop, options.drop_type, out, remedy)
+    require_drop(report, figure, options, out, remedy)
 
 
 def require_drop(
-    dense: float, compressed: float, max_drop: float | None, drop_type: str, out: Path,
+    report: Mapping, figure: Figure, options: Options | DistillOptions, out: Path,
     remedy: Callable[[], str],
 ) -> None:  # fmt: skip
     """Set a model that loses too much aside. Raises `Rejected`, with the remedy."""
-    found = drop(dense, compressed, drop_type)
-    if max_drop is None or found <= max_drop:
+    if options.max_drop is None:
+        return
+    figures = (report[name][figure.key] for name in ("dense", "compressed"))
+    found = figure.drop(*figures, options.drop_type)
+    if found <= options.max_drop:
         return
     aside = rejected(out)
     out.rename(aside)
+    way = "falls" if figure.higher_is_better else "rises"
     raise Rejected(
-        f"the loss rises by {found:.3g} ({drop_type}), --max-drop {max_drop:g} is allowed; "
-        f"kept aside as {aside}; {remedy()}.",
+        f"{figure.name} {way} by {found:.3g} ({options.drop_type}), --max-drop "
+        f"{options.max_drop:g} is allowed; kept aside as {aside}; {remedy()}.",
         aside,
     )
 
 
-def _what_passes(planned, dense: float, samples: Samples, whole: float) -> float | None:
+def _what_passes(
+    planned, figure: Figure, dense: float, samples: Samples, whole: float
+) -> float | None:
     """The largest amount that passes, by the same criterion, from the statistics at hand."""
     calibration, dims = planned.calibration, planned.dims
     options, named = calibration.options, calibration.named
@@ -134,7 +161,10 @@ def _what_passes(planned, dense: float, samples: Samples, whole: float) -> float
         here = with_amount(options, removed, whole)
         wanted = request(named, dims, here, calibration.budget)
         plan = choose(named, dims, scores, wanted, here)
-        losses = calibration.lost(plan, dims, samples)
-        return drop(dense, losses.mean(), options.drop_type)
+        by_loss = figure is LOSS
+        found = calibration.lost(plan, dims, samples).mean() if by_loss else (
+            calibration.scored(plan, dims, samples)
+        )  # fmt: skip
+        return figure.drop(dense, float(found), options.drop_type)
 
     return most_that_passes(drop_at, amount(options, whole), options.max_drop)

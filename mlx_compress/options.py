@@ -55,7 +55,8 @@ class Options:
     the weights that read what is removed are fitted anew (`refit.py`), where there is text.
     `dims` are the kinds of dimension to prune, `ignored_layers` glob patterns of dimension or
     parameter names to leave alone, `round_to` a step for the counts that are kept.
-    `max_drop` is a gate on the loss in nats per token: a model that loses more is rejected.
+    `max_drop` is a gate on what is lost, in nats per token of text, for others in the task's
+    measure (top-1, Spearman's correlation): a model that loses more is rejected.
     Calibration reads `calibration_samples` windows of `max_seq_length` tokens, evaluation
     `eval_samples`; `batch_size` windows are computed at a time. With `max_trials`, how much is kept
     where is searched, by held-out loss (`search.py`), and its trials are kept in `study`, a file or

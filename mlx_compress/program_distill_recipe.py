@@ -25,7 +25,7 @@ from .distill_recipe import (
 )
 from .distill_samples import Answers
 from .errors import InputError
-from .gate import rejected
+from .gate import figure_of, rejected
 from .inner import without_projections
 from .options import DistillOptions
 from .parity import TOLERANCE, error_of
@@ -93,7 +93,7 @@ def distill(
         record["metrics"] = {k: report[k] for k in ("dense", "compressed", "paired")}
         write_record(place, record)
     shutil.rmtree(work)
-    require_gate(report, "loss", options, out)
+    require_gate(report, figure_of(samples), options, out)
     return report
 
 

@@ -121,7 +121,7 @@ def compress(
     """The whole job: plan, prune, save, prove, measure dense against compressed.
 
     Returns the report, which is also written into the folder as `report.json`. `on_plan` hears of
-    the plan before the work begins. Raises `GateFailed` for a loss beyond `options.max_drop`.
+    the plan before the work begins. Raises `GateFailed` for a drop beyond `options.max_drop`.
     """
     started = time.perf_counter()
     notes: list[str] = []
@@ -146,8 +146,7 @@ def compress(
 
     save_pruned(model, planned, out, finish=finish)
     if options.max_drop is not None:
-        losses = [report[name]["loss"] for name in ("dense", "compressed")]
-        pass_gate(planned, *losses, samples, Path(out))
+        pass_gate(planned, report, samples, Path(out))
     return report
 
 

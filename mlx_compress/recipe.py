@@ -300,8 +300,7 @@ def compress(
 
     save_pruned(model, planned, out, finish=finish, progress=progress)
     if options.max_drop is not None:
-        losses = [report[name]["nats_per_token"] for name in ("dense", "compressed")]
-        pass_gate(planned, *losses, as_samples(windows, options.batch_size), Path(out))
+        pass_gate(planned, report, as_samples(windows, options.batch_size), Path(out))
     return report
 
 

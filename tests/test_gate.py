@@ -47,10 +47,13 @@ def test_amounts_are_fractions_of_what_the_dense_model_spends(name, whole, remov
     assert asked >= least * (1 - 1e-6) and asked <= whole * (1.0101 - int(100 * removed) / 100)
 
 
-def test_a_drop_is_in_nats_or_a_fraction_of_the_dense_loss():
-    assert gate.drop(2.0, 2.5, "absolute") == 0.5
-    assert gate.drop(2.0, 2.5, "relative") == 0.25
-    assert gate.drop(2.0, 1.5, "relative") < 0
+def test_a_drop_is_what_is_lost_or_a_fraction_of_the_dense_figure():
+    assert gate.LOSS.drop(2.0, 2.5, "absolute") == 0.5
+    assert gate.LOSS.drop(2.0, 2.5, "relative") == 0.25
+    assert gate.LOSS.drop(2.0, 1.5, "relative") < 0
+    top_1 = gate.Figure("score", "top-1", higher_is_better=True)
+    assert top_1.drop(0.8, 0.6, "absolute") == pytest.approx(0.2)
+    assert top_1.drop(0.8, 0.6, "relative") == pytest.approx(0.25)
 
 
 def test_options_of_the_gate_are_checked():

@@ -101,10 +101,10 @@ def test_a_program_that_loses_too_much_is_kept_aside_with_what_would_pass(call, 
     net, out = saved(tmp_path / "net", skilled(data)), tmp_path / "out"
     command = ("--model", net, "--data", data, "--mlx-path", out, "--importance", "magnitude")
     result = call(*command, *FEW, "--pruning-ratio", 0.8, "--max-drop", 1e-3, "--no-refit")
-    refused(result, "the loss rises by", "out.rejected", "would", code=3)
+    refused(result, "top-1 falls by", "(relative), --max-drop 0.001", "would pass", code=3)
     assert "top-1" in result[1].lower() and "compressed" in result[1]
     report = json.loads((tmp_path / "out.rejected" / "report.json").read_text())
-    assert report["compressed"]["loss"] > report["dense"]["loss"] and not out.exists()
+    assert report["compressed"]["score"] < report["dense"]["score"] and not out.exists()
     result = call(*command, *FEW, *HALF, "--max-drop", 1)
     refused(result, "out.rejected", "exists already")
 
