@@ -2,9 +2,11 @@
 a little, repeated.
 
 A YAML file lists the stages. Each names its student: a model, or how much of the model before it
-is to be kept. What else it says replaces the options of the command for that stage alone.
+is to be kept, and how that is chosen. What else it says replaces the options of the command for
+that stage alone.
 
     - target: params=0.7        # of the teacher's blocks: prune, then distil
+      dims: layers              # whole layers; as `compress` spells it
       iters: 300
     - target: params=0.7        # of the blocks that the first stage left
       teacher: previous         # the first stage's model instead of the command's --teacher
@@ -17,7 +19,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -35,6 +37,8 @@ from .training_state import require_same
 Model = LanguageModel | SavedProgram
 STAGES = "stages.json"
 TEACHERS = ("first", "previous")
+TRAINED = {f.name for f in fields(DistillOptions)}
+PRUNED = {f.name for f in fields(Options)} - TRAINED - {*BUDGETS, "pruning_ratio"}
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,10 @@ def read_stages(path: Path, options: DistillOptions, pruning: Options) -> list[S
 
 def _typed(where: str, name: str, value):
     """YAML reads 1e-4 as a word."""
-    kind = get_type_hints(DistillOptions)[name]
+    kind = get_type_hints(DistillOptions if name in TRAINED else Options)[name]
+    if get_origin(kind) is tuple:
+        words = value if isinstance(value, list) else str(value).split(",")
+        return tuple(str(word).strip() for word in words)
     kind = next((each for each in get_args(kind) if each is not type(None)), kind)
     try:
         if kind is bool and not isinstance(value, bool):
@@ -200,16 +207,18 @@ def _stage(where: str, entries: Mapping, options: DistillOptions, pruning: Optio
         raise InputError(f"{where}: teacher {teacher}: choose from {', '.join(TEACHERS)}.")
     if (model is None) == (target is None):
         raise InputError(f"{where}: give either target (as {BUDGETS['params'][0]}) or model.")
-    own = {f.name for f in fields(DistillOptions)}
-    unknown = set(entries) - own
+    known = TRAINED | (PRUNED if model is None else set())
+    unknown = set(entries) - known
     if unknown:
-        known = ", ".join(sorted({"model", "target", "teacher", *own}))
-        raise InputError(f"{where}: {min(unknown)!r} is no option here; known: {known}.")
-    wanted = replace(options, **{name: _typed(where, name, entries[name]) for name in entries})
+        listed = ", ".join(sorted({"model", "target", "teacher", *known}))
+        raise InputError(f"{where}: {min(unknown)!r} is no option here; known: {listed}.")
+    said = {name: _typed(where, name, value) for name, value in entries.items()}
+    wanted = replace(options, **{name: said[name] for name in said if name in TRAINED})
     if model is not None:
         return Stage(wanted, model=str(model), teacher=teacher)
     pruning = replace(
         pruning, **read_target(str(target)), batch_size=wanted.batch_size, seed=wanted.seed,
         max_seq_length=wanted.max_seq_length,
+        **{name: said[name] for name in said if name in PRUNED},
     )  # fmt: skip
     return Stage(wanted, pruning=pruning, teacher=teacher)

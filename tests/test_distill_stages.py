@@ -33,6 +33,16 @@ def test_a_stage_says_its_student_and_what_differs_from_the_command(tmp_path):
     assert second == Stage(DistillOptions(iters=9), model="M", teacher="previous")
 
 
+def test_a_stage_says_how_its_student_is_pruned(tmp_path):
+    text = (
+        "- {target: params=0.7, dims: layers, importance: taylor, refit: false}\n"
+        "- {target: params=0.8, dims: [channels, mlp], max-trials: 4}"
+    )
+    first, second = (stage.pruning for stage in read(tmp_path, text))
+    assert first == Options(params=0.7, dims=("layers",), importance="taylor", refit=False)
+    assert second == Options(params=0.8, dims=("channels", "mlp"), max_trials=4)
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -48,6 +58,8 @@ def test_a_stage_says_its_student_and_what_differs_from_the_command(tmp_path):
         ("- {model: M, iters: 1.9}", "iters: 1.9: is no int"),
         ("- {model: M, loss: far}", "--loss far: unknown"),
         ("- {model: M, mask-prompt: 1}", "mask_prompt: 1: is no bool"),
+        ("- {model: M, dims: layers}", "'dims' is no option here; known: "),
+        ("- {target: params=0.7, dims: floors}", "--dims floors: unknown"),
         ("- {target: half}", "--target half: write it as params=0.75"),
     ],
 )
