@@ -3,8 +3,9 @@
     python -P -m mlx_compress.benchmarks.vision --data FOLDER --depths 20,56 --speedups 2.1,3
 
 ResNet-20 and -56 for CIFAR-10, imported from torch, with the channels inside each block pruned:
-random units and magnitude as they are; the weights refitted in closed form; refitted layer after
-layer; and with counts of their own for each layer, found by search. Calibrated on training images,
+random units and magnitude as they are, and with new statistics of the batch norms; the weights
+refitted in closed form; refitted layer after layer, by a criterion or by the one that is judged
+best; and with counts of their own for each layer, found by search. Calibrated on training images,
 shifted and mirrored as in training; top-1 on 1,000 test images. `peers.py` measures torch-pruning
 on the same images, and its best criterion is shown where its results are there.
 """
@@ -44,21 +45,25 @@ BATCH = 50
 
 @dataclass(frozen=True)
 class Method:
-    """`searched`: counts of each layer are found by trials; else the same share everywhere."""
+    """What is not `fitted` is only cut; without `refit` batch norms alone are measured anew.
+    `searched`: counts of each layer are found by trials; else the same share everywhere."""
 
     name: str
     importance: str
-    refit: bool
+    fitted: bool = True
+    refit: bool = True
     searched: bool = False
 
 
 METHODS = (
-    Method("random", "random", False),
-    Method("magnitude", "magnitude", False),
-    Method("magnitude, refitted", "magnitude", True),
-    Method("second order, refitted", "osscar", True),
-    Method("magnitude, refitted, searched", "magnitude", True, searched=True),
-    Method("second order, refitted, searched", "osscar", True, searched=True),
+    Method("random", "random", fitted=False, refit=False),
+    Method("magnitude", "magnitude", fitted=False, refit=False),
+    Method("magnitude, batch norms anew", "magnitude", refit=False),
+    Method("magnitude, refitted", "magnitude"),
+    Method("second order, refitted", "osscar"),
+    Method("auto, refitted", "auto"),
+    Method("magnitude, refitted, searched", "magnitude", searched=True),
+    Method("second order, refitted, searched", "osscar", searched=True),
 )
 
 
@@ -107,7 +112,7 @@ def measure(
     )  # fmt: skip
     calibration = on_samples(program, data, options, [], folder=folder, kept=folder / "statistics")
     planned = plan_program(program, options, calibration=calibration)
-    if method.refit:
+    if method.fitted:
         fit(planned)
     seconds = time.perf_counter() - started
     test = read_samples(program, data, "evaluation", count=1000, batch_size=100)
