@@ -31,7 +31,8 @@ from ..bridges.tokenizers import open_tokenizer
 from ..bridges.torch import from_hf
 from ..distill_samples import Answers
 from ..errors import exit_on_error
-from ..evaluate_samples import score_samples
+from ..evaluate import EvaluateConfig
+from ..evaluate_samples import compare_samples, score_samples
 from ..options import DistillOptions, Options
 from ..program import Program, with_weights
 from ..program_distill_recipe import read_training
@@ -47,6 +48,7 @@ from .networks import as_in_training, cifar10_test, cifar10_train
 from .vision import write_network
 
 RESULTS = Path(__file__).parent / "results"
+COMPARED = "pruned, distilled"
 COPIES = 4  # of each image, shifted and mirrored anew
 
 
@@ -70,6 +72,7 @@ METHODS = (
     Method("encoder", "pruned", "distilled"),
     Method("encoder", "first layers", "distilled"),
     Method("encoder", "pruned", "distilled, hidden states too", {"hidden_weight": 1.0}),
+    Method("encoder", "pruned", "distilled, attributions aligned", {"attribution": "align"}),
     Method("resnet", "pruned"),
     Method("resnet", "pruned", "fine-tuned", {"hard_labels": 1.0}),
     Method("resnet", "pruned", "distilled"),
@@ -125,8 +128,10 @@ def write_student(method: Method, dense: Path, samples: Path, place: Path) -> Pa
     return folder
 
 
-def measured(method: Method, data: Path, place: Path, seed: int, args, say) -> dict:
-    """The row of one method."""
+def measured(
+    method: Method, data: Path, place: Path, seed: int, args, before: list[dict], say
+) -> dict:
+    """The row of one method; `before` are those that there are."""
     dense, samples = write_task(method.task, data, place)
     folder = write_student(method, dense, samples, place)
     program, started = load_program(folder), time.perf_counter()
@@ -146,18 +151,21 @@ def measured(method: Method, data: Path, place: Path, seed: int, args, say) -> d
         others = [path for path in program.graph.parameters if path not in done.weights]
         program = with_weights(program, program.fetch(others) | kept.best(done))
         row |= {"steps": done.step, "best_step": done.best_step, "held_out": done.curve}
-    score, parameters = _score(program, folder, samples), _parameters(program)
-    return row | {"score": score, "seconds": time.perf_counter() - started,
-                  "dense": _score(load_program(dense), dense, samples),
-                  "parameters": parameters / _parameters(load_program(dense))}  # fmt: skip
-
-
-def _score(program: Program, folder: Path, samples: Path) -> float:
     test = read_samples(
         program, samples, "evaluation", count=10_000, batch_size=50, length=128, folder=folder,
         open_tokenizer=open_tokenizer,
     )  # fmt: skip
-    return test.score(score_samples(program, test)[1])
+    whole, scored = load_program(dense), score_samples(program, test)
+    row["answers"], row["losses"] = (each.tolist() for each in (scored[1], scored[0]))
+    other = next((r for r in before if r["method"] == COMPARED and r["seed"] == seed), None)
+    if other and method.training:
+        theirs = np.array(other["losses"]), np.array(other["answers"])
+        row["more"] = compare_samples(test, theirs, scored, EvaluateConfig())["score"]
+    return row | {
+        "score": test.score(scored[1]), "dense": test.score(score_samples(whole, test)[1]),
+        "parameters": _parameters(program) / _parameters(whole),
+        "seconds": time.perf_counter() - started,
+    }  # fmt: skip
 
 
 def _parameters(program: Program) -> int:
@@ -172,14 +180,19 @@ def rows(args, result: dict, place: Path, say) -> Iterator[dict]:
             if method.task != args.task or (seed and not method.training):
                 continue
             if (method.name, seed) not in known:
-                yield measured(method, args.data, place, seed, args, say)
+                yield measured(method, args.data, place, seed, args, result["rows"], say)
 
 
 def table(result: dict) -> Table:
-    out = Table("task", "method", "parameters", "steps", "score", "dense", "s")
+    out = Table("method", "parameters", "steps", "score", "more than distilled (95 %)", "dense",
+                "s")  # fmt: skip
     for r in result["rows"]:
-        out.add_row(r["task"], r["method"], f"{r['parameters']:.2f}", str(r.get("steps", "")),
-                    f"{r['score']:.3f}", f"{r['dense']:.3f}", f"{r['seconds']:.0f}")  # fmt: skip
+        more = (
+            "{estimate:+.3f} ({low:+.3f} to {high:+.3f})".format(**r["more"]) if "more" in r else ""
+        )
+        out.add_row(r["method"], f"{r['parameters']:.2f}", str(r.get("steps", "")),
+                    f"{r['score']:.3f}", more,
+                    f"{r['dense']:.3f}", f"{r['seconds']:.0f}")  # fmt: skip
     return out
 
 

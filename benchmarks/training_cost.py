@@ -38,7 +38,7 @@ from ..distill_text import Live, NextToken
 from ..options import DistillOptions
 from ..report import machine, write_report
 from ..teacher_targets import TargetFolder
-from ..training import _advanced, _start
+from ..training import advanced, first_state
 from ..training_state import TrainingFolder
 from ..training_text import Text
 from .lean import Size, write_model
@@ -73,7 +73,7 @@ def overhead(repeats: int, batch: int, length: int) -> dict:
         teacher, student = teacher_of(opened[0]), student_of(opened[1], options)
         words = text(MIDDLE[0].vocab, batch, length)
         goal = NextToken(student, Live(teacher), words, words, options)
-        state, kept = _start(goal.start(), options), TrainingFolder(Path(scratch, "state"), {})
+        state, kept = first_state(goal.start(), options), TrainingFolder(Path(scratch, "state"), {})
         inputs = mx.array(words.tokens[:, :-1])
         mx.eval(teacher.parameters(), student.parameters())
         times = {"teacher": [], "bare": [], "step": []}
@@ -84,7 +84,7 @@ def overhead(repeats: int, batch: int, length: int) -> dict:
             mx.eval(nn.value_and_grad(student, lambda: student(inputs).sum())())
             times["bare"].append(time.perf_counter() - started)
             started = time.perf_counter()
-            state = _advanced(goal, state, options, kept)
+            state = advanced(goal, state, options, kept)
             times["step"].append(time.perf_counter() - started)
     times = {name: each[1:] for name, each in times.items()}
     theirs, own = map(parameters, MIDDLE)
@@ -113,10 +113,10 @@ def step(name: str, place: Path, length: int) -> dict:
         live = name == "direct"
         said = Live(teacher_of(open_model(place / "teacher"))) if live else targets.teacher()
         goal = NextToken(student, said, words, words, options)
-        state = _start(goal.start(), options)
+        state = first_state(goal.start(), options)
         mx.eval(state.weights)
         started = time.perf_counter()
-        _advanced(goal, state, options, TrainingFolder(place / "state", {}))
+        advanced(goal, state, options, TrainingFolder(place / "state", {}))
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "step": name, "seconds": time.perf_counter() - started,

@@ -46,14 +46,14 @@ def train(
     where a loss or gradient is not finite. Of several `workers` the first one writes and tells.
     """
 
-    training = folder.open(workers) or _start(objective.start(), options)
+    training = folder.open(workers) or first_state(objective.start(), options)
     try:
         while True:
             if _is_due(training, options):
                 training = _judged(objective, training, folder, workers, told)
             if training.step == options.iters or _stale(training, options):
                 return training
-            training = _advanced(objective, training, options, folder)
+            training = advanced(objective, training, options, folder)
             progress("distil", training.step, options.iters)
     except KeyboardInterrupt:
         if workers.first and folder.kept_step() != training.step:
@@ -87,7 +87,7 @@ def _not_finite(what: str, training: Training, folder: TrainingFolder) -> GateFa
     )
 
 
-def _start(weights: Weights, options: DistillOptions) -> Training:
+def first_state(weights: Weights, options: DistillOptions) -> Training:
     optimizer = _optimizer(options)
     optimizer.init(weights)
     return Training(weights, optimizer.state)
@@ -105,7 +105,7 @@ def _stale(training: Training, options: DistillOptions) -> bool:
     return options.patience is not None and training.stale >= options.patience
 
 
-def _advanced(
+def advanced(
     objective: Objective, training: Training, options: DistillOptions, folder: TrainingFolder
 ) -> Training:
     """The run one step on. Raises `GateFailed` where the loss or a gradient is not finite."""

@@ -73,14 +73,14 @@ def test_what_was_stopped_goes_on_with_the_same_command_and_no_other(
     call, student, tmp_path, monkeypatch
 ):
     place = tmp_path / "out"
-    advanced = training._advanced
+    advanced = training.advanced
 
     def stop(objective, state, *rest):
         if state.step == 3:
             raise KeyboardInterrupt
         return advanced(objective, state, *rest)
 
-    monkeypatch.setattr(training, "_advanced", stop)
+    monkeypatch.setattr(training, "advanced", stop)
     code, _, err = call(*arguments(student, place))
     assert code and "the same command goes on" in err.replace("\n", " ")
     assert not place.exists() and training_place(place).exists()
