@@ -278,7 +278,7 @@ def check_parameter(path: str, array: mx.array) -> None:
     """Raise `InputError` when a parameter holds NaN or infinity."""
     if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
         raise InputError(
-            f"{path}: holds NaN or infinity, so nothing can be scored; repair the checkpoint."
+            f"{path}: holds NaN or infinity, so nothing can be computed; repair the checkpoint."
         )
 
 

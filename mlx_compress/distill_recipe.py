@@ -3,11 +3,12 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .bridges.measure import check_memory, evaluate_folders, fit_together, loaded_bytes
@@ -21,6 +22,7 @@ from .bridges.students import (
     teacher_of,
     trained_fetch,
 )
+from .calibrate import check_parameter
 from .checkpoint import RECORD, check_free, parent_record
 from .data import Windows
 from .distill_text import Live, NextToken, Teacher
@@ -89,12 +91,13 @@ def distill(
     run = _run(teacher, student, options, asked, target_dir)
     folder = TrainingFolder(work, run)
     if target_dir is None:
-        answers = Live(teacher_of(teacher))
+        answers = Live(_finite("--teacher", teacher, teacher_of(teacher)))
     else:
         answers = _cached(teacher, asked, options, target_dir, team, progress)
     objective = NextToken(
-        student_of(student, options), answers, asked.train, asked.held_out, options, asked.count,
-        team, _explainer(teacher, answers, options), continued,
+        _finite("--model", student, student_of(student, options)), answers, asked.train,
+        asked.held_out, options, asked.count, team, _explainer(teacher, answers, options),
+        continued,
     )  # fmt: skip
     training = train(objective, options, folder, workers=team, told=told, progress=progress)
     team.wait()
@@ -165,6 +168,20 @@ def _asked(teacher, student, options: DistillOptions, data) -> _Asked:
     return _Asked(*read_training(data, student.tokenizer(), options, notes), count, notes)
 
 
+def _finite(flag: str, model: LanguageModel, module: nn.Module) -> nn.Module:
+    require_finite(flag, model.path, dict(tree_flatten(module.parameters())))
+    return module
+
+
+def require_finite(flag: str, folder: Path, weights: Mapping[str, mx.array]) -> None:
+    """Raise `InputError` that names a weight which holds NaN or infinity."""
+    for path, array in weights.items():
+        try:
+            check_parameter(path, array)
+        except InputError as error:
+            raise InputError(f"{flag} {folder}: {error}") from error
+
+
 def _explainer(teacher: LanguageModel, live: Live, options: DistillOptions) -> Explainer | None:
     if options.attribution is None:
         return None
@@ -182,7 +199,8 @@ def _cached(
     targets = TargetFolder(place, identity(teacher.path), texts, top_k, asked.count)
     if team.first and not targets.complete:
         check_memory(teacher)
-        targets.write(teacher_of(teacher), batch_size=options.batch_size, progress=progress)
+        asked_of = _finite("--teacher", teacher, teacher_of(teacher))
+        targets.write(asked_of, batch_size=options.batch_size, progress=progress)
         mx.clear_cache()
     team.wait()
     return targets.teacher()
@@ -198,9 +216,9 @@ def _run(teacher, student, options: DistillOptions, asked: _Asked, target_dir) -
     return {
         "--teacher": identity(teacher.path),
         "--model": identity(student.path),
-        "--data": short(asked.train.key, asked.held_out.key),
         "--target-dir": "not given" if target_dir is None else "given",
         **options_of(options),
+        "--data": short(asked.train.key, asked.held_out.key),  # as the options read it
     }
 
 

@@ -19,6 +19,7 @@ from .distill_recipe import (
     identity,
     made_from,
     options_of,
+    require_finite,
     require_gate,
     short,
     training_place,
@@ -75,6 +76,9 @@ def distill(
     learnt, held_out = read_training(student, data, options)
     on_notes(notes)
     folder = TrainingFolder(work, _run(teacher, student, options, (learnt, held_out)))
+    for flag, model in (("--teacher", teacher), ("--model", student)):
+        weights = model.program.fetch(list(model.program.graph.parameters))
+        require_finite(flag, model.path, weights)
     objective = Answers(student.program, teacher.program, learnt, held_out, options)
     training = train(objective, options, folder, told=told, progress=progress)
     history = history_of(options, training, objective.judged_by)
@@ -136,8 +140,8 @@ def _run(teacher, student, options: DistillOptions, parts: tuple[Samples, ...]) 
     return {
         "--teacher": identity(teacher.path),
         "--model": identity(student.path),
-        "--data": short(store_key(*arrays, *(s.targets for s in parts))),
         **options_of(options),
+        "--data": short(store_key(*arrays, *(s.targets for s in parts))),  # as the options read it
     }
 
 

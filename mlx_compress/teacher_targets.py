@@ -33,6 +33,12 @@ from .training_text import Text
 
 FORMAT = 1
 RECORD = "targets.json"
+# What differs, where its name does not say how to mend it.
+SAID = {
+    "windows": "other numbers of windows ({}, now {}), as --iters, --batch-size and --val-samples "
+    "make them: give those again",
+    "--data": "another --data, --seed or --max-seq-length",
+}
 STEP = 16  # batches between two entries of what is done
 
 
@@ -48,6 +54,7 @@ class TargetFolder:
         self.top_k, self.count = top_k, count
         self.about = {
             "format": FORMAT, "--teacher": teacher, "--top-k": top_k, "vocabulary": count,
+            "windows": {text.name: len(text.tokens) for text in texts},
             "--data": {text.name: text.key for text in texts},
         }  # fmt: skip
 
@@ -66,9 +73,10 @@ class TargetFolder:
             raise InputError(f"{file}: damaged ({error}); remove {self.folder}.") from error
         for key, own in self.about.items():
             if held.get(key) != own:
+                told = SAID.get(key, f"another {key}").format(held.get(key), own)
                 raise InputError(
-                    f"--target-dir {self.folder}: holds targets of another {key}; name another "
-                    "folder, or remove this one."
+                    f"--target-dir {self.folder}: holds targets of {told}; name another folder, or "
+                    "remove this one."
                 )
         return dict.fromkeys(self.texts, 0) | done
 

@@ -72,6 +72,11 @@ def _judged(objective, training: Training, folder: TrainingFolder, workers, told
     """The run with a measurement, which is kept on disk by then."""
     point = objective.measured(training.weights)
     if not all(map(math.isfinite, point.values())):
+        if training.step == 0:
+            raise GateFailed(
+                "before the first step what is held out is not finite: a model overflows; try "
+                "--dtype float32, or another checkpoint."
+            )
         raise _not_finite(f"step {training.step}: what is held out", training, folder)
     training = training.judged(point, point[objective.judged_by])
     if workers.first:

@@ -153,8 +153,11 @@ class TrainingFolder:
 
 
 def require_same(folder: Path, held: Mapping, own: Mapping) -> None:
-    """Raise `InputError` that names what differs between the run that `folder` holds and this."""
-    for name in sorted(held.keys() | own.keys()):
+    """Raise `InputError` that names what differs between the run that `folder` holds and this.
+
+    Of several things the first in `own`: what follows from others should come behind them.
+    """
+    for name in (*own, *sorted(held.keys() - own.keys())):
         if held.get(name) != own.get(name):
             raise InputError(
                 f"{folder}: holds a run with another {name} ({held.get(name)}, now "

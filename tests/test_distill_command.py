@@ -87,8 +87,21 @@ def test_what_was_stopped_goes_on_with_the_same_command_and_no_other(
     monkeypatch.undo()
     other = call(*arguments(student, place), "--learning-rate", 1e-3)
     refused(other, str(training_place(place)), "another --learning-rate (0.0003, now 0.001)")
+    refused(call(*arguments(student, place), "--iters", 5), "another --iters (4, now 5)")
     code, _, err = call(*arguments(student, place))
     assert code == 0 and "step 0" not in err and "step 4" in err
+
+
+@pytest.mark.parametrize("flag", ["teacher", "model"])
+def test_weights_that_are_no_numbers_are_named(call, student, tmp_path, flag):
+    broken, path = tmp_path / "broken", "model.layers.0.mlp.down_proj.weight"
+    shutil.copytree(TEACHER if flag == "teacher" else student, broken)
+    weights = mx.load(str(broken / "model.safetensors"))
+    weights[path][3, 5] = mx.nan
+    mx.save_safetensors(str(broken / "model.safetensors"), weights, metadata={"format": "mlx"})
+    result = call(*arguments(student, tmp_path / "out", **{flag: broken}))
+    refused(result, f"--{flag} {broken}: {path}: holds NaN", "repair the checkpoint")
+    assert not training_place(tmp_path / "out").exists()
 
 
 def test_another_tokenizer_is_refused(call, student, tmp_path):
