@@ -121,7 +121,8 @@ def _note(wanted: Request, dim: Dimension, kept: int, ratio: float) -> None:
     exact = dim.size * (1 - ratio)
     off = abs(kept - exact)
     if off >= 1 or (off > 1e-6 and dim.size < COARSE):
-        note = f"{family(dim)[0]}: {kept} of {dim.size} kept, where {exact:.4g} was asked for"
+        asked = f"{round(exact, 1):g} was asked for"
+        note = f"{family(dim)[0]}: {kept} of {dim.size} kept, where {asked}"
         if note not in wanted.notes:
             wanted.notes.append(note)
 

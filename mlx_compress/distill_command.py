@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .errors import InputError
-from .flags import Batch, Config, DropType, EvalSamples, Length, MaxDrop, Out, Seed, Trust
+from .flags import Batch, Config, Data, DropType, EvalSamples, Length, MaxDrop, Out, Seed, Trust
 from .options import DIVERGENCES, EMBEDDING_LOSSES, TRAINING_DTYPES, DistillOptions
 
 DEFAULT = DistillOptions()
@@ -78,13 +78,7 @@ def distill(
     teacher: Annotated[
         str, typer.Option("--teacher", metavar="DIR", help="The model to learn from, of any bits.")
     ],
-    data: Annotated[
-        Path,
-        typer.Option(
-            "--data", metavar="PATH",
-            help="Folder with train/valid/test .jsonl or .txt, or one such file.",
-        ),
-    ],
+    data: Data,
     model: Student = None,
     mlx_path: Out = None,
     config: Config = None,

@@ -20,6 +20,18 @@ def config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+def existing(data: Path | None) -> Path | None:
+    """Refused before anything is loaded, where it is not there."""
+    if data is None or data.exists():
+        return data
+    from .errors import InputError
+
+    raise InputError(
+        f"{data}: no such file or folder; --data takes a folder with train, valid or test, or one "
+        "such file."
+    )
+
+
 Model = Annotated[
     str, typer.Option("--model", metavar="DIR", help="Model folder, or a repository of the hub.")
 ]
@@ -40,7 +52,7 @@ Out = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        "--data", metavar="PATH",
+        "--data", metavar="PATH", callback=existing,
         help="Folder with train/valid/test .jsonl or .txt, or one such file; for a saved program "
         ".npz with labels, or .jsonl of sentence pairs.",
     ),
@@ -65,8 +77,12 @@ Target = Annotated[
     ),
 ]  # fmt: skip
 Importance = Annotated[
-    str, typer.Option("--importance", metavar="NAME", help=f"One of {', '.join(IMPORTANCES)}.")
-]
+    str,
+    typer.Option(
+        "--importance", metavar="NAME",
+        help=f"One of {', '.join(IMPORTANCES)}; or a sum, as magnitude+taylor.",
+    ),
+]  # fmt: skip
 Dims = Annotated[
     str,
     typer.Option(
@@ -233,7 +249,7 @@ Metadata = Annotated[
 ParityData = Annotated[
     Path | None,
     typer.Option(
-        "--data", metavar="PATH",
+        "--data", metavar="PATH", callback=existing,
         help="Real inputs to compare on: text, or an .npz with an array for each input.",
     ),
 ]  # fmt: skip

@@ -34,7 +34,9 @@ def progress_bars() -> Iterator[Advance]:
     """A bar with an ETA for each stage, on stderr; gone when the stage is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), "eta",
                TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=err, transient=True) as bars:
+    # To a file it would write an empty line.
+    hidden = not err.is_terminal
+    with Progress(*columns, console=err, transient=True, disable=hidden) as bars:
         tasks: dict[str, int] = {}
 
         def advance(stage: str, done: int, total: int) -> None:

@@ -147,7 +147,7 @@ def test_coarse_dimensions_are_rounded_and_fine_ones_make_up_the_difference():
     options = Options(params=0.7)
     wanted = request(named, prunable(named, options), options)
     assert all(wanted.counts[name] == 1 for name in HEADS)  # half of 2, where 1.4 was asked for
-    told = "model.layers.*.self_attn.heads: 1 of 2 kept, where 1.397 was asked for"
+    told = "model.layers.*.self_attn.heads: 1 of 2 kept, where 1.4 was asked for"
     assert wanted.notes == [told]
     assert wanted.counts[CHANNELS[0]] > 0.7 * 88
     assert reached(named, wanted.counts) == pytest.approx(0.7, abs=0.01)

@@ -33,6 +33,12 @@ def test_a_missing_folder_is_named(call, tmp_path):
     refused(result, "--model", str(tmp_path / "no"), "no such folder")
 
 
+@pytest.mark.parametrize("command", [(), ("prune",), ("distill", "--teacher", "no"), ("eval",)])
+def test_data_that_is_not_there_is_refused_before_a_model_is_opened(call, tmp_path, command):
+    result = call(*command, "--model", "no", "--data", tmp_path / "none")
+    refused(result, f"{tmp_path / 'none'}: no such file or folder; --data takes")
+
+
 def test_a_folder_without_config_is_no_model(call, tmp_path):
     refused(call("inspect", "--model", tmp_path), "config.json", str(tmp_path))
 

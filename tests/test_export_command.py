@@ -112,7 +112,7 @@ def test_metadata_and_how_it_was_pruned_are_in_the_file(call, folder, tmp_path):
 
 
 def test_an_export_that_is_unknown_is_refused_before_the_work(call, tmp_path):
-    result = call("--model", "no", "--mlx-path", tmp_path / "out", "--data", "no",
+    result = call("--model", "no", "--mlx-path", tmp_path / "out", "--data", tmp_path,
                   "--pruning-ratio", "0.5", "--export", "tflite")  # fmt: skip
     refused(result, "--export tflite", "onnx")
 
