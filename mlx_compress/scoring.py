@@ -91,7 +91,7 @@ def layer_scores(
     """Scores of whole layers and branches by the options' criterion."""
     options, fetch = calibration.options, calibration.fetch
     name = options.importance if options.importance in LAYER_CRITERIA else INFLUENCE
-    told = f"whole layers are ranked by {name}: {options.importance} says nothing of them"
+    told = f"whole layers are ranked by {name}: {options.importance} is about units"
     if name != options.importance and told not in calibration.notes:
         calibration.notes.append(told)
     if "data" not in needs(name):

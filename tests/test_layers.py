@@ -427,7 +427,7 @@ def test_a_criterion_without_a_word_on_layers_leaves_them_to_their_influence():
 
     (found, told), (wanted, nothing) = scores("osscar"), scores(scoring.INFLUENCE)
     assert found and all(np.array_equal(found[name], wanted[name]) for name in wanted)
-    assert told == ["whole layers are ranked by activation: osscar says nothing of them"]
+    assert told == ["whole layers are ranked by activation: osscar is about units"]
     assert not nothing
 
 
