@@ -4,7 +4,7 @@ By default every criterion is tried and judged on held-out samples, and counts a
 everywhere; with `max_trials` they are searched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
 from .allocate import Request, choose, choose_layers
@@ -18,6 +18,7 @@ from .plan import PrunePlan
 from .scoring import layer_scores, unit_scores
 from .sites import plan_of, search_plan, sites_of
 
+ROUNDED = 0.01  # more than was asked that a plan without a search may spend
 STUDIES = "studies.log"  # beside the statistics: the trials of searches
 
 
@@ -69,9 +70,10 @@ def _searched(calibration, named, dims, layers, starts, verdict, together, holds
     least = plan_of(named, sites, {site.name: site.nearest(0) for site in sites})
     budget = calibration.budget or parameters(named)
     spent = budget.along([DENSE, narrower, least])
+    asked = options.budget[1] if options.budget else spent(narrower)
     plan, found = search_plan(
         calibration, named, dims, sites, spent,
-        options.budget[1] if options.budget else spent(narrower), options,
+        goal_of(asked, [spent(start) for start in starts if start.cuts]), options,
         starts=[{c.name: c.kept for c in start} for start in starts if start.cuts],
         holds=holds,
         storage=options.study or calibration.kept and str(calibration.kept / STUDIES),
@@ -82,6 +84,15 @@ def _searched(calibration, named, dims, layers, starts, verdict, together, holds
         f"search: {found['trials']} allocations tried; held-out loss {', '.join(losses)}"
     )
     return PrunePlan(plan.cuts, {**narrower.recipe, "search": found})
+
+
+def goal_of(asked: float, started: Iterable[float]) -> float:
+    """What a search may spend: what was asked, or what a start spends that was rounded up a little.
+
+    >>> goal_of(0.75, [0.7502, 0.83])
+    0.7502
+    """
+    return max([asked, *(spent for spent in started if spent <= asked * (1 + ROUNDED))])
 
 
 def best_plan(calibration: Calibration, dims: list[Dimension], wanted: Request) -> Verdict:

@@ -14,6 +14,7 @@ from mlx_compress.data import Windows
 from mlx_compress.errors import InputError
 from mlx_compress.layers import dropped_parameters
 from mlx_compress.options import Options
+from mlx_compress.planning import goal_of
 from mlx_compress.scoring import layer_scores, on_text, unit_scores
 from mlx_compress.sites import counts_of, plan_of, search_plan, sites_of
 
@@ -94,6 +95,11 @@ def test_a_search_stays_within_the_budget_and_is_no_worse_than_its_start(
     assert spent(named)(plan) <= 0.7 + 1e-6
     assert record["best"] <= record["start"]
     assert record["best"] == pytest.approx(float(calibrated.lost(plan, dims).mean()))
+
+
+def test_a_search_may_spend_what_its_start_was_rounded_up_to():
+    assert goal_of(0.75, [0.7502, 0.83]) == 0.7502
+    assert goal_of(0.75, [0.74]) == goal_of(0.75, [0.77]) == 0.75
 
 
 def test_a_budget_that_no_counts_meet_is_refused_with_what_is_reachable(calibrated, parts):
