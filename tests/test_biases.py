@@ -31,8 +31,13 @@ def folder(tmp_path):
 
 
 def windows(count=32, length=12):
-    tokens = np.random.default_rng(2).integers(0, tiny.VOCABULARY, (count, length))
-    return Windows(tokens.astype(np.int32), np.full(count, length - 1), None)
+    """What the model goes on with behind two words, so that the nearer to it the better."""
+    model = tiny.build(tiny.LLAMA)
+    tokens = mx.array(np.random.default_rng(2).integers(0, tiny.VOCABULARY, (count, 2)), mx.int32)
+    while tokens.shape[1] < length:
+        following = model(tokens)[:, -1:].argmax(-1).astype(mx.int32)
+        tokens = mx.concatenate([tokens, following], axis=1)
+    return Windows(np.array(tokens), np.full(count, length - 1), None)
 
 
 def test_every_bias_of_a_llama_is_put_on_and_changes_nothing(folder):

@@ -147,7 +147,6 @@ def test_moments_are_sums_over_the_rows_that_a_layer_is_given(rows):
     named = axes_of(model, batches)
     channels = "model.layers.0.block_sparse_moe.switch_mlp.channels"
     statistics = calibrate(named, batches, fetcher(model), dims=[channels])
-    assert statistics.tokens == 3 * rows * 7
     ((key, held),) = statistics.moments.items()
     assert held.batches == 3 and held.taylor is None and held.square.shape == (3, 10)
     layers = model.model.layers[0].block_sparse_moe.switch_mlp
@@ -297,7 +296,7 @@ def test_what_is_kept_for_the_way_back_in_groups_changes_nothing(monkeypatch):
     monkeypatch.setattr(stream, "KEPT", 0.0)
     monkeypatch.setattr(stream, "KEPT_BYTES", 1)
     parts = measured()
-    assert len(batches) > 1 and parts.tokens == whole.tokens
+    assert len(batches) > 1
     for key, held in whole.moments.items():
         np.testing.assert_allclose(parts.moments[key].square, held.square, rtol=1e-6)
         np.testing.assert_allclose(parts.moments[key].taylor, held.taylor, rtol=1e-6)

@@ -271,7 +271,7 @@ def test_pieces_cover_a_head_of_any_size():
 def test_the_benchmark_compares_three_ways_that_agree(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "in_fresh_process", benchmark.step)
     out = tmp_path / "fused.json"
-    benchmark.main(["--sizes", "500:64:4", "--width", "8", "--out", str(out)])
+    benchmark.main(["--sizes", "500:64", "--width", "8", "--out", str(out)])
     assert "<= 1/8" in capsys.readouterr().out
     (case,) = json.loads(out.read_text())["cases"]
     assert list(case["rows"]) == ["whole", "fused", "stepwise"]
