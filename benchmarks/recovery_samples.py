@@ -158,7 +158,7 @@ def measured(
     whole, scored = load_program(dense), score_samples(program, test)
     row["answers"], row["losses"] = (each.tolist() for each in (scored[1], scored[0]))
     other = next((r for r in before if r["method"] == COMPARED and r["seed"] == seed), None)
-    if other and method.training:
+    if other and "answers" in other and method.training:
         theirs = np.array(other["losses"]), np.array(other["answers"])
         row["more"] = compare_samples(test, theirs, scored, EvaluateConfig())["score"]
     return row | {

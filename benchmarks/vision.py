@@ -7,7 +7,7 @@ random units and magnitude as they are, and with new statistics of the batch nor
 refitted in closed form; refitted layer after layer, by a criterion or by the one that is judged
 best; and with counts of their own for each layer, found by search. Calibrated on training images,
 shifted and mirrored as in training; top-1 on 1,000 test images. `peers.py` measures torch-pruning
-on the same images, and its best criterion is shown where its results are there.
+on as many of them, and its best criterion is shown where its results are there.
 """
 
 import argparse

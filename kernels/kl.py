@@ -27,7 +27,7 @@ def forward_kl(
     """T^2 KL(p || q) in nats, float32 [...], of logits [..., V] divided by the temperature T.
 
     Classes to which p gives nothing count nothing, whatever their logits; where q alone gives
-    nothing, its logarithm counts as `LOG_ZERO`. Both gradients are exact.
+    nothing, its logarithm counts as `LOG_ZERO`. Both gradients are exact, but for such a class.
     Raises ValueError where shapes differ or the temperature is not above 0.
     """
     return _divergence(student_logits, teacher_logits, temperature, forward=True)
@@ -169,7 +169,7 @@ def _step_aside(reason: str, dtype: mx.Dtype) -> bool:
 # itself is not a number.
 HEADER = """
 inline float finite(float log) {
-  return log < -FLT_MAX ? -87.33654475f : log;
+  return log < -FLT_MAX ? LOG_ZERO : log;
 }
 
 inline float group_sum(float value, threadgroup float* shared, uint lane, uint group, uint groups) {
@@ -193,7 +193,7 @@ inline float group_max(float value, threadgroup float* shared, uint lane, uint g
   metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
   return value;
 }
-"""
+""".replace("LOG_ZERO", f"{LOG_ZERO:.8f}f")
 
 SOURCE = """
   threadgroup float shared[32];

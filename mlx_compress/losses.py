@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from .errors import InputError
+from .kernels.kl import LOG_ZERO
 
 SMALLEST = 2.0**-126
-LOG_ZERO = math.log(SMALLEST)
 LOWEST = -1e30
 
 
