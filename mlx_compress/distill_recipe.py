@@ -91,7 +91,7 @@ def distill(
     run = _run(teacher, student, options, asked, target_dir)
     folder = TrainingFolder(work, run)
     if target_dir is None:
-        answers = Live(_finite("--teacher", teacher, teacher_of(teacher)))
+        answers = Live(_asked_of(teacher))
     else:
         answers = _cached(teacher, asked, options, target_dir, team, progress)
     objective = NextToken(
@@ -173,6 +173,10 @@ def _finite(flag: str, model: LanguageModel, module: nn.Module) -> nn.Module:
     return module
 
 
+def _asked_of(teacher: LanguageModel) -> nn.Module:
+    return _finite("--teacher", teacher, teacher_of(teacher))
+
+
 def require_finite(flag: str, folder: Path, weights: Mapping[str, mx.array]) -> None:
     """Raise `InputError` that names a weight which holds NaN or infinity."""
     for path, array in weights.items():
@@ -199,8 +203,7 @@ def _cached(
     targets = TargetFolder(place, identity(teacher.path), texts, top_k, asked.count)
     if team.first and not targets.complete:
         check_memory(teacher)
-        asked_of = _finite("--teacher", teacher, teacher_of(teacher))
-        targets.write(asked_of, batch_size=options.batch_size, progress=progress)
+        targets.write(_asked_of(teacher), batch_size=options.batch_size, progress=progress)
         mx.clear_cache()
     team.wait()
     return targets.teacher()

@@ -161,10 +161,10 @@ def _what_passes(
         here = with_amount(options, removed, whole)
         wanted = request(named, dims, here, calibration.budget)
         plan = choose(named, dims, scores, wanted, here)
-        by_loss = figure is LOSS
-        found = calibration.lost(plan, dims, samples).mean() if by_loss else (
-            calibration.scored(plan, dims, samples)
-        )  # fmt: skip
-        return figure.drop(dense, float(found), options.drop_type)
+        if figure is LOSS:
+            found = float(calibration.lost(plan, dims, samples).mean())
+        else:
+            found = calibration.scored(plan, dims, samples)
+        return figure.drop(dense, found, options.drop_type)
 
     return most_that_passes(drop_at, amount(options, whole), options.max_drop)
