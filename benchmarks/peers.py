@@ -35,10 +35,11 @@ from .networks import as_in_training, cifar10_test, cifar10_train, trained_resne
 
 BATCH = 100
 EXAMPLE = torch.zeros(1, 3, 32, 32)
+STEPS = 3  # at most
 # By what is pruned: over what it is ranked, and in how many steps. Of inner channels, which lie
 # between the same layers in every block, a global rank is an isomorphic one, too.
 SETTINGS = {
-    "inner": (("local", 1), ("global", 1), ("local", 3), ("global", 3)),
+    "inner": (("local", 1), ("global", 1), ("local", STEPS), ("global", STEPS)),
     "all": (("local", 1), ("global", 1), ("isomorphic", 1)),
 }
 IMPORTANCE = tp.importance
@@ -261,9 +262,10 @@ def with_new_statistics(module: nn.Module, images) -> nn.Module:
 
 def torch_pruning_rows(
     data: Path, depth: int, macs: float, images, labels, known: Collection[tuple[str, str]] = (),
-    families: Collection[str] = tuple(SETTINGS),
+    families: Collection[str] = tuple(SETTINGS), at_most: int = STEPS,
 ) -> Iterator[PeerRow]:  # fmt: skip
-    """Every criterion by every setting of `families`, with `macs` of the MACs left (0-1).
+    """Every criterion by every setting of `families`, with `macs` of the MACs left (0-1), of those
+    that prune in `at_most` steps.
 
     `images` [N, 3, 32, 32] and `labels` [N] are what criteria and statistics are taken from.
     `known` are criteria and settings to leave out; so are settings that cannot meet `macs`. Raises
@@ -274,11 +276,11 @@ def torch_pruning_rows(
         raise InputError(f"{data}: no weights of ResNet-{depth} in cnn-resnet-cifar10.")
     seen = torch.from_numpy(images), torch.from_numpy(labels)
     test = tuple(map(torch.from_numpy, cifar10_test(data)))
-    return setting_rows(module, macs, seen, test, known, families)
+    return setting_rows(module, macs, seen, test, known, families, at_most)
 
 
 def setting_rows(
-    module, macs: float, seen: tuple, test: tuple, known, families
+    module, macs: float, seen: tuple, test: tuple, known, families, at_most: int = STEPS
 ) -> Iterator[PeerRow]:
     dense = size(module)
     for family in families:
@@ -286,7 +288,7 @@ def setting_rows(
         for name, criterion in CRITERIA.items():
             score = partial(scored, criterion=criterion, images=seen[0], labels=seen[1])
             settings = {f"{family}, {scope}, {steps}": (scope, steps)
-                        for scope, steps in SETTINGS[family]}  # fmt: skip
+                        for scope, steps in SETTINGS[family] if steps <= at_most}  # fmt: skip
             asked = {words: s for words, s in settings.items() if (name, words) not in known}
             importance = score(start) if asked else None
             for words, (scope, steps) in asked.items():
@@ -327,6 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--speedups", default="2.1,3", help="of MACs")
     parser.add_argument("--family", action="append", choices=list(SETTINGS),
                         help="what is pruned; may be repeated, and is both otherwise")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=STEPS, help="prune in at most so many")
     parser.add_argument("--images", type=int, default=1000, help="the first so many for training")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/peers.json")
     args = parser.parse_args(argv)
@@ -345,8 +348,9 @@ def _run(args) -> None:
         rows = networks.setdefault(key, [])
         known = {(row.criterion, row.settings) for row in rows}
         for row in torch_pruning_rows(
-            args.data, key[0], 1 / key[1], images, labels, known, args.family or SETTINGS
-        ):
+            args.data, key[0], 1 / key[1], images, labels, known, args.family or SETTINGS,
+            args.steps,
+        ):  # fmt: skip
             rows.append(row)
             write_report(result | _report(_listed(networks)), args.out)
     Console(width=150).print(table(_listed(networks)))
