@@ -3,7 +3,7 @@
 S samples, R rows (one of each sample, or two of a pair), C classes, E width of an embedding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -22,6 +22,7 @@ from .matching import HIDDEN_MEASURES
 from .options import DIVERGENCES, EMBEDDING_LOSSES, DistillOptions, among
 from .program import Program
 from .samples import Samples
+from .stream import Progress, silent
 from .training import batch_rows
 from .training_state import Weights
 
@@ -44,6 +45,7 @@ class Answers:
     train: Samples
     held_out: Samples
     options: DistillOptions
+    progress: Progress = silent
 
     def __post_init__(self):
         self.options = replace(self.options, batch_size=self.train.size)
@@ -52,9 +54,9 @@ class Answers:
         self.matching = None
         if self.options.looks_inside:
             self.matching = Matching(self.graph, self._teacher[0], self.options)
-        self.told = asked(self.teacher, self.train)
-        self.rests_on = self._explained() if self.options.attribution == "align" else None
+        self.told = asked(self.teacher, self.train, self.progress)
         self.told_held_out = asked(self.teacher, self.held_out)
+        self._maps: dict[int, np.ndarray] = {}
         own = asked(self.student, self.held_out.split(1)[0]).shape[1:]
         theirs = self.told_held_out.shape[1:]
         if own != theirs:
@@ -65,31 +67,28 @@ class Answers:
         if self.matching is not None and self.options.attribution == "weights":
             self.matching.weights = self._block_weights(len(self.matching.pairs))
 
-    def _explained(self) -> mx.array:
-        """What the teacher's answers to the samples rest on, [S, rows, T]."""
-        graph, weights = self._teacher
-        maps = []
-        for b, inputs in enumerate(self.train.batches):
-            steps = self.options.attribution_steps
-            found = attribution(graph, inputs, weights, self._explaining(b), steps=steps)
-            maps.append(_rows_of(self.train, found))
-            mx.eval(maps[-1])
-        return mx.concatenate(maps)
-
-    def _explaining(self, b: int) -> Callable[[list[mx.array]], mx.array]:
-        """What is explained of the outputs of a batch."""
-        told = self.told[b * self.train.size : (b + 1) * self.train.size]
-        return partial(_explain, self.train, self.train.batches[b], told)
-
     def _block_weights(self, count: int) -> mx.array:
         """How much the student's blocks count, [S]."""
         graph, weights = self._teacher
-        blocks, found = blocks_of(graph), []
-        for b in range(min(len(self.train.batches), -(-WEIGHED // self.train.size))):
+        blocks, found, size = blocks_of(graph), [], self.train.size
+        for b in range(min(len(self.train.batches), -(-WEIGHED // size))):
             inputs = self.train.batches[b]
-            found.append(block_shares(graph, inputs, weights, self._explaining(b), blocks))
+            explain = partial(_explain, self.train, inputs, self.told[b * size : (b + 1) * size])
+            found.append(block_shares(graph, inputs, weights, explain, blocks))
             mx.eval(found[-1])
         return block_weights(mx.concatenate(found), count)
+
+    def _explained(self, batch: Samples, places: np.ndarray, theirs: mx.array) -> mx.array:
+        """What the teacher's answers to these samples rest on, [S, rows, T]; asked once for each,
+        and remembered in float16."""
+        if any(place not in self._maps for place in places):
+            (graph, weights), inputs = self._teacher, batch.batches[0]
+            explain = partial(_explain, batch, inputs, theirs)
+            steps = self.options.attribution_steps
+            found = attribution(graph, inputs, weights, explain, steps=steps)
+            maps = np.array(_rows_of(batch, found).astype(mx.float16))
+            self._maps |= dict(zip(places.tolist(), maps, strict=True))
+        return mx.array(np.stack([self._maps[p] for p in places.tolist()])).astype(mx.float32)
 
     @property
     def loss(self) -> str:
@@ -113,8 +112,8 @@ class Answers:
         loss, sums = mx.zeros(()), None
         for places in batches:
             batch, theirs = self.train.pick(places), self.told[mx.array(places)]
-            due = self.rests_on is not None and step % self.options.attribution_every == 0
-            maps = self.rests_on[mx.array(places)] if due else None
+            due = self.options.attribution == "align" and not step % self.options.attribution_every
+            maps = self._explained(batch, places, theirs) if due else None
             inner = self._inside(batch.batches[0])
             loss_of = partial(self._loss, batch, theirs, maps, inner, t)
             found, grads = mx.value_and_grad(loss_of)(weights)
@@ -193,15 +192,16 @@ def loss_of(samples: Samples) -> str:
     return EMBEDDING_LOSSES[0] if samples.task.embeds else "forward-kl"
 
 
-def asked(program: Program, samples: Samples) -> mx.array:
+def asked(program: Program, samples: Samples, progress: Progress = silent) -> mx.array:
     """What a program answers, float32 [S, C], or [S, rows, E] for embeddings."""
     graph = program.at(samples.sizes(program))
     weights = program.fetch(list(graph.parameters))
     answers: list[mx.array] = []
-    for inputs in samples.batches:
+    for b, inputs in enumerate(samples.batches, 1):
         outputs, _ = run(graph, inputs, weights)
         answers.append(_by_sample(samples, inputs, outputs))
         mx.eval(answers[-1])
+        progress("ask the teacher", b, len(samples.batches))
     return mx.concatenate(answers)[: len(samples)]
 
 

@@ -79,7 +79,7 @@ def distill(
     for flag, model in (("--teacher", teacher), ("--model", student)):
         weights = model.program.fetch(list(model.program.graph.parameters))
         require_finite(flag, model.path, weights)
-    objective = Answers(student.program, teacher.program, learnt, held_out, options)
+    objective = Answers(student.program, teacher.program, learnt, held_out, options, progress)
     training = train(objective, options, folder, told=told, progress=progress)
     history = history_of(options, training, objective.judged_by)
     trained = _trained(student.program, without_projections(folder.best(training)))

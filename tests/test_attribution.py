@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import judging
+from mlx_compress import distill_samples
 from mlx_compress.attribution import attribution, candidates, embedded, misalignment
 from mlx_compress.distill_samples import Answers
 from mlx_compress.distill_text import Live, NextToken
@@ -159,3 +160,24 @@ def test_pairs_of_sentences_are_alike_by_the_same_words(tmp_path):
     assert abs((grads[path] * step).sum().item() - along) < 0.05 * abs(along) + 2e-3
     same = Answers(net, net, *samples, options)
     assert same.gradients(same.start(), 0, 1.0)[0].item() < 1e-5
+
+
+@pytest.mark.parametrize(("every", "steps", "asked"), [(1, 8, 4), (2, 2, 1)])
+def test_a_sample_is_explained_once_and_when_it_is_due(tmp_path, monkeypatch, every, steps, asked):
+    """16 samples make 4 batches; their second round has other ones."""
+    place = judging.folder_of(tmp_path, lambda seed: judging.pairs(24, seed), ".jsonl")
+    net, explained = judging.encoder(), []
+    samples = judging.read(net, place, "calibration").split(4)
+    options = DistillOptions(attribution="align", attribution_every=every, batch_size=4)
+    goal, explain = Answers(other(net), net, *samples, options), distill_samples.attribution
+    theirs = goal._teacher[0]
+
+    def counted(graph, *args, **more):
+        explained.append(graph is theirs)
+        return explain(graph, *args, **more)
+
+    monkeypatch.setattr(distill_samples, "attribution", counted)
+    for step in range(steps):
+        goal.gradients(goal.start(), step, 1.0)
+    assert sum(explained) == asked
+    assert len(explained) - asked == -(-steps // every), "the student's own are asked each time"
