@@ -191,12 +191,25 @@ class Calibration:
         how = {"lambdas": USUAL} if quick else {"hold": True}
         return refit(self.named, plan, self.statistics(dims), **how)
 
+    @property
+    def unit(self) -> str:
+        """That of `losses`."""
+        return self.samples.task.error_unit or self.samples.task.unit
+
     def losses(self, plan: PrunePlan, cut: Cutter, samples: Samples) -> np.ndarray:
-        """The loss of each of `samples` after a plan."""
+        """What plans are compared by, of each of `samples` after a plan: its loss, or where the
+        task has them its errors."""
+        if samples.task.errors is not None:
+            return samples.task.errors(self._answers(plan, cut, samples), samples.targets)
         return sequence_losses(
             self.at(samples), plan, cut, self.fetch, samples.batches,
             lambda b, outputs: np.array(samples.loss(b, outputs)),
         )  # fmt: skip
+
+    def _answers(self, plan: PrunePlan, cut: Cutter, samples: Samples) -> np.ndarray:
+        return sequence_losses(
+            self.at(samples), plan, cut, self.fetch, samples.batches, samples.answers
+        )
 
     def lost(
         self, plan: PrunePlan, dims: list[Dimension], samples: Samples | None = None
@@ -207,11 +220,8 @@ class Calibration:
 
     def scored(self, plan: PrunePlan, dims: list[Dimension], samples: Samples) -> float:
         """The task's own measure on `samples` after a plan and its refit."""
-        answers = sequence_losses(
-            self.at(samples), plan, self.closed_form(plan, dims, quick=True), self.fetch,
-            samples.batches, samples.answers,
-        )  # fmt: skip
-        return samples.score(answers)
+        cut = self.closed_form(plan, dims, quick=True)
+        return samples.score(self._answers(plan, cut, samples))
 
     def fitted(self, plan: PrunePlan, dims: list[Dimension]) -> tuple[Cutter, dict]:
         """The cutter to save with, and what to record of it: how it was fitted, and why so."""

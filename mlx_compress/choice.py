@@ -114,7 +114,8 @@ def sequence_losses(
     named: NamedAxes, plan: PrunePlan, cut: Cutter, fetch, batches,
     loss: Callable[[int, list], np.ndarray],
 ) -> np.ndarray:  # fmt: skip
-    """The loss of each sequence of `batches` after pruning: `loss(batch index, outputs)` [B]."""
+    """The loss, or another figure, of each sequence of `batches` after pruning:
+    `loss(batch index, outputs)` [B]."""
     out: list[np.ndarray] = []
     stream_forward(
         edit_graph(named, plan), batches, pruned_fetch(fetch, cut),

@@ -101,4 +101,4 @@ def best_plan(calibration: Calibration, dims: list[Dimension], wanted: Request) 
         calibration.sources(dims), dims, wanted, calibration.options,
         lambda plan: calibration.lost(plan, dims), progress=calibration.progress,
     )  # fmt: skip
-    return replace(verdict, unit=calibration.samples.task.unit)
+    return replace(verdict, unit=calibration.unit)

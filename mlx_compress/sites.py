@@ -108,7 +108,8 @@ def search_plan(
     )  # fmt: skip
     _require_any(search)
     asked = {k: v for k, v in asdict(options).items() if k not in OF_THE_MEASURING}
-    name = calibration.key(repr(asked), *(site.name for site in sites), repr(goal))
+    name = calibration.key(repr(asked), *(site.name for site in sites), repr(goal),
+                           calibration.unit)  # fmt: skip
     done = run_search(
         search, lambda counts: float(calibration.lost(plan_at(counts), dims).mean()),
         storage=storage, name=name, progress=calibration.progress,

@@ -22,6 +22,8 @@ class Task:
     `loss(read, targets)` [S] in `unit`; `answer(read)` [S], of which `score(answers, targets)`
     makes the figure called `measure`. `compared(inputs, outputs)` is what a student shares with a
     teacher, a row for each row of the batch: class scores, or where the task `embeds` embeddings.
+    Plans are compared by the loss, unless that can fall while the figure does: then by
+    `errors(answers, targets)` [S], in `error_unit`.
     """
 
     measure: str
@@ -33,6 +35,8 @@ class Task:
     compared: Callable[[Sequence[mx.array], Sequence[mx.array]], mx.array]
     embeds: bool = False
     rows: int = 1
+    errors: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    error_unit: str = ""
     higher_is_better: bool = True
 
 
@@ -99,6 +103,8 @@ def similarity(mask: int, pooling: str) -> Task:
         answer=lambda cosines_S: cosines_S,
         score=spearman,
         rows=2,
+        errors=rank_errors,
+        error_unit="1 - Spearman",
     )
 
 
@@ -126,10 +132,24 @@ def squared_difference(cosines_S: mx.array, scores_S: mx.array) -> mx.array:
 
 def spearman(left: np.ndarray, right: np.ndarray) -> float:
     """The correlation of ranks; ties share their mean rank. 0 where one side is all the same."""
+    return float(_standard_ranks(left, right).prod(axis=0).mean())
+
+
+def rank_errors(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Half the squared difference of standardised ranks, [S], of which the mean is 1 - `spearman`.
+
+    Where one side is all the same, 1.
+    """
+    ranks = _standard_ranks(left, right)
+    return (ranks[0] - ranks[1]) ** 2 / 2 if ranks.any() else np.ones(len(left))
+
+
+def _standard_ranks(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Ranks of mean 0 and variance 1, [2, S]; all 0 where one side is all the same."""
     ranks = np.stack([_ranks(left), _ranks(right)])
     ranks -= ranks.mean(axis=1, keepdims=True)
-    spread = np.sqrt((ranks**2).sum(axis=1).prod())
-    return float(ranks.prod(axis=0).sum() / spread) if spread else 0.0
+    spread = np.sqrt((ranks**2).mean(axis=1, keepdims=True))
+    return ranks / spread if spread.all() else np.zeros_like(ranks)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

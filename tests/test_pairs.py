@@ -11,10 +11,15 @@ from mlx_compress.bridges.tokenizers import open_tokenizer
 from scipy.stats import spearmanr
 
 import judging
-from judging import folder_of, read, run, slope
+from judging import Words, folder_of, read, run, slope
 from mlx_compress.errors import InputError
+from mlx_compress.evaluate_samples import score_samples
+from mlx_compress.options import Options
 from mlx_compress.pairs import pooling
-from mlx_compress.tasks import spearman
+from mlx_compress.plan import PrunePlan
+from mlx_compress.prune import pruner
+from mlx_compress.shrink import on_samples, plan_program
+from mlx_compress.tasks import rank_errors, spearman
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -189,7 +194,31 @@ def test_spearman_is_scipys_with_ties():
         left, right = rng.integers(0, levels, (2, 50)) / 7
         right = right + left
         assert spearman(left, right) == pytest.approx(spearmanr(left, right)[0], abs=1e-12)
+        errors = rank_errors(left, right)
+        assert errors.mean() == pytest.approx(1 - spearman(left, right), abs=1e-12)
+        assert errors.min() >= 0 and errors.shape == (50,)
     assert spearman(np.ones(4), np.arange(4)) == 0
+    assert rank_errors(np.ones(4), np.arange(4)).tolist() == [1] * 4
+
+
+def test_plans_are_compared_by_ranks_and_not_by_the_size_of_cosines(tmp_path):
+    """Halving every cosine changes the loss, and nothing that anybody uses cosines for."""
+    program = judging.encoder(deep=(16, 2))
+    folder_of(tmp_path, lambda seed: judging.pairs(40, seed), ".jsonl")
+    options = Options(pruning_ratio=0.5, batch_size=4, calibration_samples=40)
+    calibration = on_samples(
+        program, tmp_path, options, [], folder=tmp_path, open_tokenizer=lambda folder: Words()
+    )
+    plan = PrunePlan({})
+    held, cut = calibration.held_out, pruner(calibration.named, plan)
+    judged = calibration.losses(plan, cut, held)
+    _, answers = score_samples(program, held)
+    assert judged.mean() == pytest.approx(1 - held.score(answers), abs=1e-6)
+    np.testing.assert_allclose(held.task.errors(answers / 2, held.targets), judged, atol=1e-6)
+    planned = plan_program(program, options, calibration=calibration)
+    assert planned.verdict.unit == "1 - Spearman"
+    chosen = planned.verdict.winner
+    assert chosen.mean == pytest.approx(1 - calibration.scored(chosen.plan, planned.dims, held))
 
 
 # ---- real ones
