@@ -7,8 +7,7 @@ random units and magnitude as they are, and with new statistics of the batch nor
 refitted in closed form; refitted layer after layer, by a criterion or by the one that is judged
 best; and with counts of their own for each layer, found by search. Calibrated on the first training
 images, shifted and mirrored as in training; top-1 on 1,000 test images. `peers.py` measures
-torch-pruning on the same ones, and its best criterion is shown where its results are there. The
-last row takes the counts that a search found on them, and fits on all images that there are.
+torch-pruning on the same ones, and its best criterion is shown where its results are there.
 """
 
 import argparse
@@ -16,8 +15,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,22 +41,18 @@ from .networks import as_in_training, cifar10_test, cifar10_train, trained_resne
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 50
-SEEN, EVERY = "seen", "every"  # folders of data: what is calibrated on, and all images
-ALL = "second order, searched, refitted on all images"
 
 
 @dataclass(frozen=True)
 class Method:
     """What is not `fitted` is only cut; without `refit` batch norms alone are measured anew.
-    `searched`: counts of each layer are found by trials; else the same share everywhere.
-    `more`: what was planned is fitted on all images that there are."""
+    `searched`: counts of each layer are found by trials; else the same share everywhere."""
 
     name: str
     importance: str
     fitted: bool = True
     refit: bool = True
     searched: bool = False
-    more: bool = False
 
 
 METHODS = (
@@ -70,7 +64,6 @@ METHODS = (
     Method("auto, refitted", "auto"),
     Method("magnitude, refitted, searched", "magnitude", searched=True),
     Method("second order, refitted, searched", "osscar", searched=True),
-    Method(ALL, "osscar", searched=True, more=True),
 )
 
 
@@ -88,9 +81,8 @@ class Row:
     seconds: float
 
 
-def write_data(data: Path, folder: Path, images: int | None = None) -> None:
+def write_data(data: Path, folder: Path, images: int) -> None:
     """train.npz of the first `images` and test.npz, as `compress --data` takes them."""
-    folder.mkdir()
     train, labels = (array[:images] for array in cifar10_train(data))
     np.savez(folder / "train.npz", x=as_in_training(train, seed=0), labels=labels)
     test, labels = cifar10_test(data)
@@ -118,17 +110,12 @@ def measure(
         macs=1 / speedup, importance=method.importance, refit=method.refit, dims=("channels",),
         calibration_samples=samples, batch_size=BATCH, max_trials=trials * method.searched,
     )  # fmt: skip
-    read = partial(on_samples, program, notes=[], folder=folder, kept=folder / "statistics")
-    calibration = read(data / SEEN, options)
+    calibration = on_samples(program, data, options, [], folder=folder, kept=folder / "statistics")
     planned = plan_program(program, options, calibration=calibration)
-    if method.more:
-        options = replace(options, calibration_samples=50_000)
-        calibration = read(data / EVERY, options)
-        planned = plan_program(program, options, planned.plan, calibration)
     if method.fitted:
         fit(planned)
     seconds = time.perf_counter() - started
-    test = read_samples(program, data / SEEN, "evaluation", count=1000, batch_size=100)
+    test = read_samples(program, data, "evaluation", count=1000, batch_size=100)
     closed = None
     if method.refit:
         cut = calibration.closed_form(planned.plan, planned.dims)
@@ -151,8 +138,7 @@ def rows(
     """What is not done yet."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        write_data(data, place / SEEN, samples)
-        write_data(data, place / EVERY)
+        write_data(data, place, samples)
         for depth in depths:
             folder = place / f"resnet{depth}"
             program = write_network(data, depth, folder)
