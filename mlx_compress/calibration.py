@@ -19,7 +19,7 @@ from .batch_norm import batch_norms, recalibrated
 from .budget import Budget
 from .calibrate import Statistics, calibrate
 from .caution import another_text, too_few
-from .choice import sequence_losses
+from .choice import by_sequence
 from .contractions import consumers
 from .errors import InputError
 from .evaluate import bootstrap_interval
@@ -203,13 +203,13 @@ class Calibration:
         task has them its errors."""
         if samples.task.errors is not None:
             return samples.task.errors(self._answers(plan, cut, samples), samples.targets)
-        return sequence_losses(
+        return by_sequence(
             self.at(samples), plan, cut, self.fetch, samples.batches,
             lambda b, outputs: np.array(samples.loss(b, outputs)),
         )  # fmt: skip
 
     def _answers(self, plan: PrunePlan, cut: Cutter, samples: Samples) -> np.ndarray:
-        return sequence_losses(
+        return by_sequence(
             self.at(samples), plan, cut, self.fetch, samples.batches, samples.answers
         )
 

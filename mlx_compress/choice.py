@@ -110,15 +110,15 @@ def decide(candidates: list[Candidate], *, seed: int = 0) -> Verdict:
     return Verdict(winner, candidates, behind)
 
 
-def sequence_losses(
+def by_sequence(
     named: NamedAxes, plan: PrunePlan, cut: Cutter, fetch, batches,
-    loss: Callable[[int, list], np.ndarray],
+    figure: Callable[[int, list], np.ndarray],
 ) -> np.ndarray:  # fmt: skip
-    """The loss, or another figure, of each sequence of `batches` after pruning:
-    `loss(batch index, outputs)` [B]."""
+    """A figure of each sequence of `batches` after pruning, such as its loss or the answer:
+    `figure(batch index, outputs)` [B]."""
     out: list[np.ndarray] = []
     stream_forward(
         edit_graph(named, plan), batches, pruned_fetch(fetch, cut),
-        on_outputs=lambda b, outputs: out.append(loss(b, outputs)),
+        on_outputs=lambda b, outputs: out.append(figure(b, outputs)),
     )  # fmt: skip
     return np.concatenate(out)
