@@ -1,35 +1,34 @@
-"""Which criterion? The one whose plan, refitted, loses least on text that it was not made from.
+"""Which criterion? The one whose plan loses least on text that it was not made from.
 
-All criteria read the same statistics, so trying all of them costs little more than one. Each plan
-is judged window by window on held-out calibration text; the differences are paired, so a few
-windows tell close candidates apart. What cannot be told apart goes to the cheaper: to the best of
-those that only read statistics, before one that solves systems.
+All criteria read the same statistics, so trying all of them costs little more than one. Each plan,
+refitted where it cuts units, is judged window by window on held-out calibration text; the
+differences are paired, so a few windows tell close candidates apart. What cannot be told apart goes
+to the cheaper: to the best of those that only read statistics, before one that solves systems.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
 
-from .allocate import Request, choose
-from .axes import Dimension, NamedAxes
+from .axes import NamedAxes
 from .edit import edit_graph
 from .evaluate import bootstrap_interval
-from .importance import CRITERIA, Sources, criterion, needs
-from .options import Options
+from .importance import needs
 from .plan import PrunePlan
 from .prune import Cutter, pruned_fetch
 from .stream import Progress, silent, stream_forward
 from .tasks import NEXT_TOKEN
 
 BASELINE = "random"
+UNITS, LAYERS = "criteria", "layer_criteria"  # what a verdict is on, and its key in a report
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan and its loss on each held-out sample; `seconds` of scoring, and whether it is `dear`,
-    in that it solves systems of equations."""
+    """A plan and its loss on each held-out sample; `seconds` of making it, and whether it is
+    `dear`, in that it solves systems of equations."""
 
     name: str
     plan: PrunePlan
@@ -68,26 +67,23 @@ class Verdict:
 
 
 def judge(
-    sources: Sources,
-    dims: list[Dimension],
-    wanted: Request,
-    options: Options,
+    names: Collection[str],
+    planned: Callable[[str], PrunePlan],
     losses: Callable[[PrunePlan], np.ndarray],
     *,
-    names: Iterable[str] = tuple(CRITERIA),
+    seed: int = 0,
     progress: Progress = silent,
 ) -> Verdict:
-    """Plan by every criterion and compare; `losses(plan)` gives those of the pruned model."""
-    candidates, names = [], list(names)
+    """Plan by every criterion, `planned(name)`, and compare; `losses(plan)` gives those of the
+    pruned model."""
+    candidates = []
     for k, name in enumerate(names):
         started = time.perf_counter()
-        scores = criterion(name)(sources)
+        plan = planned(name)
         seconds = time.perf_counter() - started
-        plan = choose(sources.named, dims, scores, wanted, options, {"importance": name})
-        dear = "second" in needs(name)
-        candidates.append(Candidate(name, plan, losses(plan), seconds, dear))
+        candidates.append(Candidate(name, plan, losses(plan), seconds, "second" in needs(name)))
         progress("criteria", k + 1, len(names))
-    return decide(candidates, seed=options.seed)
+    return decide(candidates, seed=seed)
 
 
 def decide(candidates: list[Candidate], *, seed: int = 0) -> Verdict:

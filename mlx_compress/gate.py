@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .allocate import choose, request
+from .choice import UNITS
 from .errors import GateFailed
 from .layers import is_layer_cut
 from .options import DistillOptions, Options
@@ -150,7 +151,8 @@ def _what_passes(
     """The largest amount that passes, by the same criterion, from the statistics at hand."""
     calibration, dims = planned.calibration, planned.dims
     options, named = calibration.options, calibration.named
-    name = planned.verdict.winner.name if planned.verdict else options.importance
+    verdict = planned.verdicts.get(UNITS)
+    name = verdict.winner.name if verdict else options.importance
     asked = options.pruning_ratio is not None or options.budget is not None
     given = not dims or not asked or name == "auto"
     if given or any(is_layer_cut(cut) for cut in planned.plan):

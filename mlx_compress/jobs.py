@@ -15,6 +15,7 @@ from . import program_recipe, recipe
 from .axes import named_axes
 from .bridges.measure import evaluate_folders
 from .checkpoint import RECORD, check_free
+from .choice import LAYERS
 from .errors import InputError
 from .gate import Rejected
 from .options import Options
@@ -216,8 +217,8 @@ def _flat(text: str) -> str:
 
 def tell_plan(planned) -> int:
     """Why this plan, what is worth knowing about it, and what is left; how many notes it has."""
-    if planned.verdict is not None:
-        err.print(verdict_table(planned.verdict))
+    for about, verdict in planned.verdicts.items():
+        err.print(verdict_table(verdict, "layers by" if about == LAYERS else "criterion"))
     tell_notes(planned.notes)
     share = f"{100 * planned.kept_parameters:.1f} %"
     err.print(f"Keeps {share} of the block parameters.", highlight=False)

@@ -69,7 +69,7 @@ class Planned:
     carrier: Carrier | None = None
     cut: Cutter | None = None  # how each parameter is cut, where not simply to what is kept
     refit: dict = field(default_factory=dict)  # how it was fitted, and why so
-    verdict: Verdict | None = None  # why this criterion
+    verdicts: dict[str, Verdict] = field(default_factory=dict)  # why this criterion
     calibration: Calibration | None = None  # what it stands on
     dims: list[Dimension] = field(default_factory=list)
     made: dict = field(default_factory=dict)  # what else was done, for the record
@@ -103,13 +103,13 @@ def make_plan(
     for d in layers if carrier is None else ():
         _planned(model, named, PrunePlan({d.name: without(d, d.removable[-1:])}), [], None)
     notes += wanted.notes
-    plan, verdict = choose_plan(
+    plan, verdicts = choose_plan(
         calibration, named, dims, layers, wanted,
         together=carrier is None and not options.global_pruning,
         holds=lambda plan: _holds(model, named, plan, carrier),
     )  # fmt: skip
     planned = _planned(model, named, plan, notes, carrier)
-    planned.verdict = verdict
+    planned.verdicts = verdicts
     return _stands_on(planned, calibration, dims)
 
 

@@ -68,8 +68,11 @@ def add_plan(report: dict, planned, seconds: float) -> None:
     report["seconds"] = seconds
     report["recipe"] = dict(planned.plan.recipe)
     report["notes"] = planned.notes
-    if planned.verdict is not None:
-        report["criteria"] = planned.verdict.document()
+    report.update(_verdicts(planned))
+
+
+def _verdicts(planned) -> dict:
+    return {about: verdict.document() for about, verdict in planned.verdicts.items()}
 
 
 def record_of(planned, parent: dict, verified: dict) -> dict:
@@ -84,9 +87,7 @@ def record_of(planned, parent: dict, verified: dict) -> dict:
     if planned.refit:
         found = {"lambda": planned.cut.chosen, "left_as_it_is": planned.cut.left}
         record["refit"] = planned.refit | found
-    if planned.verdict is not None:
-        record["criteria"] = planned.verdict.document()
-    return record
+    return record | _verdicts(planned)
 
 
 def write_report(report: dict, path: str | Path) -> None:

@@ -86,23 +86,28 @@ def unit_scores(calibration: Calibration, named: NamedAxes, dims: list[Dimension
 
 
 def layer_scores(
-    calibration: Calibration, named: NamedAxes, dims: list[LayerDimension]
+    calibration: Calibration, named: NamedAxes, dims: list[LayerDimension], name: str
 ) -> Scores:
-    """Scores of whole layers and branches by the options' criterion."""
-    options, fetch = calibration.options, calibration.fetch
-    name = options.importance if options.importance in LAYER_CRITERIA else INFLUENCE
-    told = f"whole layers are ranked by {name}: {options.importance} is about units"
-    if name != options.importance and told not in calibration.notes:
+    """Scores of whole layers and branches by a criterion, or by their influence where it has no
+    word on them."""
+    used = name if name in LAYER_CRITERIA else INFLUENCE
+    told = f"whole layers are ranked by {used}: {name} is about units"
+    if used != name and told not in calibration.notes:
         calibration.notes.append(told)
-    if "data" not in needs(name):
-        return LAYER_CRITERIA[name](LayerSources(named, tuple(dims), fetch, seed=options.seed))
-    names = {d.name for d in dims}
-    here = tuple(d for d in layer_dimensions(calibration.named) if d.name in names)
+    if "data" not in needs(used):
+        seed = calibration.options.seed
+        return LAYER_CRITERIA[used](LayerSources(named, tuple(dims), calibration.fetch, seed=seed))
+    return LAYER_CRITERIA[used](layer_sources(calibration, dims, "gradients" in needs(used)))
+
+
+def layer_sources(
+    calibration: Calibration, dims: list[LayerDimension], gradients: bool
+) -> LayerSources:
+    """What whole layers are scored by, of the samples that are not held out."""
+    named, names = calibration.named, {d.name for d in dims}
+    here = tuple(d for d in layer_dimensions(named) if d.name in names)
     statistics = calibrate_layers(
-        calibration.named, calibration.batches, fetch, dims=here,
-        loss=calibration.loss if "gradients" in needs(name) else None,
-        progress=calibration.progress,
+        named, calibration.batches, calibration.fetch, dims=here,
+        loss=calibration.loss if gradients else None, progress=calibration.progress,
     )  # fmt: skip
-    return LAYER_CRITERIA[name](
-        LayerSources(calibration.named, here, fetch, statistics, options.seed)
-    )
+    return LayerSources(named, here, calibration.fetch, statistics, calibration.options.seed)

@@ -68,9 +68,9 @@ def table(*columns: str) -> Table:
     return made
 
 
-def verdict_table(verdict: Verdict) -> Table:
+def verdict_table(verdict: Verdict, about: str) -> Table:
     """Every criterion on held-out calibration samples, and how far it is behind the best."""
-    rows = table("criterion", verdict.unit, "more than the best (95 %)", "status")
+    rows = table(about, verdict.unit, "more than the best (95 %)", "status")
     for candidate in verdict.candidates:
         found = verdict.behind[candidate.name]
         behind = "{estimate:+.3f} ({low:+.3f} to {high:+.3f})".format(**found)

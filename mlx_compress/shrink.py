@@ -43,7 +43,7 @@ class ProgramPlan:
     notes: list[str] = field(default_factory=list)
     cut: Cutter | None = None  # how each parameter is cut, where not simply to what is kept
     refit: dict = field(default_factory=dict)  # how it was fitted, and why so
-    verdict: Verdict | None = None  # why this criterion
+    verdicts: dict[str, Verdict] = field(default_factory=dict)  # why this criterion
     calibration: Calibration | None = None  # what it stands on
     dims: list[Dimension] = field(default_factory=list)
 
@@ -87,23 +87,23 @@ def plan_program(
     """
     named = named_axes(program.at())
     calibration = calibration or on_samples(program, None, options, [])
-    verdict, notes = None, calibration.notes
+    verdicts, notes = {}, calibration.notes
     if plan is None:
-        plan, verdict, dims = _choose(named, options, calibration)
+        plan, verdicts, dims = _choose(named, options, calibration)
     else:
         plan = settled(named, plan)
         dims = [named.dimensions[cut.name] for cut in plan if not is_layer_cut(cut)]
     check_plan(named, plan)
     gone = dropped_parameters(named, plan)
     kept = block_parameters(named, plan.counts(), gone) / block_parameters(named)
-    planned = ProgramPlan(plan, kept, notes, verdict=verdict, calibration=calibration, dims=dims)
+    planned = ProgramPlan(plan, kept, notes, verdicts=verdicts, calibration=calibration, dims=dims)
     if dims and options.refit and calibration.read is None:
         notes.append("no --data: the kept weights are not refitted")
     return planned
 
 
 def _choose(named: NamedAxes, options: Options, calibration: Calibration):
-    """The plan, the verdict where it was chosen by evidence, and the unit dimensions of it."""
+    """The plan, the verdicts where it was chosen by evidence, and the unit dimensions of it."""
     options.require_amount()
     if "data" in needs(options.importance) and calibration.read is None:
         names = ", ".join(name for name in CRITERIA if "data" not in needs(name))

@@ -1,15 +1,21 @@
 """The choice is the best by evidence, and a cheap one of those that cannot be told apart."""
 
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 import tiny
 from mlx_compress import recipe
 from mlx_compress.calibration import Calibration
-from mlx_compress.choice import Candidate, decide
+from mlx_compress.choice import LAYERS, UNITS, Candidate, decide
 from mlx_compress.data import Windows
 from mlx_compress.errors import InputError
 from mlx_compress.importance import CRITERIA
+from mlx_compress.influence import LAYER_CRITERIA
 from mlx_compress.options import Options
 from mlx_compress.plan import PrunePlan
 
@@ -73,20 +79,54 @@ OPTIONS = Options(pruning_ratio=0.4, dims=("channels",), batch_size=2)
 def test_a_model_is_planned_by_the_criterion_that_loses_least(tmp_path):
     tiny.save(tiny.LLAMA, tmp_path)
     planned = recipe.make_plan(recipe.open_model(tmp_path), OPTIONS, windows())
-    names = [candidate.name for candidate in planned.verdict.candidates]
-    assert names == list(CRITERIA) and planned.verdict.winner.name != "random"
-    assert all(len(c.losses) == 4 for c in planned.verdict.candidates)  # a quarter of 16
-    assert planned.plan.recipe["chosen"] == planned.verdict.winner.name
-    assert planned.plan.cuts == planned.verdict.winner.plan.cuts
-    assert planned.verdict.behind[planned.verdict.winner.name]["low"] <= 0
+    verdict = planned.verdicts[UNITS]
+    names = [candidate.name for candidate in verdict.candidates]
+    assert names == list(CRITERIA) and verdict.winner.name != "random"
+    assert all(len(c.losses) == 4 for c in verdict.candidates)  # a quarter of 16
+    assert planned.plan.recipe["chosen"] == verdict.winner.name
+    assert planned.plan.cuts == verdict.winner.plan.cuts
+    assert verdict.behind[verdict.winner.name]["low"] <= 0
+
+
+def test_layers_are_dropped_by_the_criterion_that_loses_least(tmp_path):
+    """A block of large weights that adds next to nothing: magnitude keeps it, evidence does not."""
+    weights = tiny.save({**tiny.LLAMA, "num_hidden_layers": 3}, tmp_path)
+    block = "model.layers.1."
+    for path in (p for p in weights if p.startswith(block) and p.endswith("proj.weight")):
+        idle = "o_proj" in path or "down_proj" in path
+        weights[path] *= 1e-4 if idle else 10
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights, {"format": "mlx"})
+    options = Options(pruning_ratio=0.3, dims=("layers",), batch_size=2)
+    model = recipe.open_model(tmp_path)
+    planned = recipe.make_plan(model, options, windows())
+    verdict = planned.verdicts[LAYERS]
+    found = {c.name: c.plan.cuts["model.layers"].keep for c in verdict.candidates}
+    assert list(found) == list(LAYER_CRITERIA) and 1 in found["magnitude"]
+    assert planned.plan.cuts["model.layers"].keep == [0, 2]
+    assert planned.plan.recipe["chosen_layers"] == verdict.winner.name
+    assert not planned.notes and not planned.dims
+
+    recipe.save_pruned(model, planned, tmp_path / "out")
+    held_out = planned.calibration.held_out.batches
+    logits = [recipe.open_model(tmp_path / "out").module()(tokens)[:, :-1] for [tokens] in held_out]
+    wanted = [
+        nn.losses.cross_entropy(each, tokens[:, 1:]).mean(axis=1)
+        for each, [tokens] in zip(logits, held_out, strict=True)
+    ]
+    np.testing.assert_allclose(verdict.winner.losses, np.concatenate(wanted), rtol=1e-5)
+    record = json.loads((tmp_path / "out" / "compression.json").read_text())
+    assert [c["criterion"] for c in record["layer_criteria"]] == list(LAYER_CRITERIA)
+
+
+def test_units_and_layers_have_each_their_verdict(tmp_path):
+    tiny.save(tiny.LLAMA, tmp_path)
+    options = replace(OPTIONS, dims=("channels", "layers"), pruning_ratio=0.5)
+    planned = recipe.make_plan(recipe.open_model(tmp_path), options, windows())
+    assert list(planned.verdicts) == [UNITS, LAYERS]
+    assert {"model.layers", "model.layers.0.mlp.channels"} <= planned.plan.cuts.keys()
 
 
 def test_the_saved_weights_are_the_refitted_ones_unless_asked_otherwise(tmp_path):
-    import json
-    from dataclasses import replace
-
-    import mlx.core as mx
-
     held = tiny.save(tiny.LLAMA, tmp_path / "dense")
     model = recipe.open_model(tmp_path / "dense")
     down = "model.layers.0.mlp.down_proj.weight"

@@ -422,7 +422,7 @@ def test_a_criterion_without_a_word_on_layers_leaves_them_to_their_influence():
         options = Options(importance=name, batch_size=1)
         calibration = scoring.on_text(source, windows, options, [])
         named = calibration.named
-        found = scoring.layer_scores(calibration, named, layer_dimensions(named))
+        found = scoring.layer_scores(calibration, named, layer_dimensions(named), name)
         return found, calibration.notes
 
     (found, told), (wanted, nothing) = scores("osscar"), scores(scoring.INFLUENCE)

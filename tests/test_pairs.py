@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 
 import judging
 from judging import Words, folder_of, read, run, slope
+from mlx_compress.choice import UNITS
 from mlx_compress.errors import InputError
 from mlx_compress.evaluate_samples import score_samples
 from mlx_compress.options import Options
@@ -216,8 +217,8 @@ def test_plans_are_compared_by_ranks_and_not_by_the_size_of_cosines(tmp_path):
     assert judged.mean() == pytest.approx(1 - held.score(answers), abs=1e-6)
     np.testing.assert_allclose(held.task.errors(answers / 2, held.targets), judged, atol=1e-6)
     planned = plan_program(program, options, calibration=calibration)
-    assert planned.verdict.unit == "1 - Spearman"
-    chosen = planned.verdict.winner
+    assert planned.verdicts[UNITS].unit == "1 - Spearman"
+    chosen = planned.verdicts[UNITS].winner
     assert chosen.mean == pytest.approx(1 - calibration.scored(chosen.plan, planned.dims, held))
 
 

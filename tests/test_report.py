@@ -127,7 +127,7 @@ def planned(**changes):
     plan = PrunePlan({}, {"seed": 0})
     return SimpleNamespace(**{
         "plan": plan, "kept_parameters": 0.7, "notes": ["a note"], "refit": {}, "cut": None,
-        "verdict": None, **changes,
+        "verdicts": {}, **changes,
     })  # fmt: skip
 
 

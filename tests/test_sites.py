@@ -46,7 +46,8 @@ def calibrated():
 def parts(calibrated):
     named = calibrated.named
     dims, layers = prunable(named, OPTIONS), prunable_layers(named, OPTIONS)
-    scores = unit_scores(calibrated, named, dims) | layer_scores(calibrated, named, layers)
+    of_layers = layer_scores(calibrated, named, layers, OPTIONS.importance)
+    scores = unit_scores(calibrated, named, dims) | of_layers
     return named, dims, layers, scores
 
 
