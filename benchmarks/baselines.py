@@ -14,7 +14,8 @@ OSSCAR  block by block, on the inputs that the pruned blocks before it hand over
         mean diagonal. Meng et al., 2024, https://arxiv.org/abs/2403.12983
 layers  whole blocks of the least influence. Men et al., 2024, https://arxiv.org/abs/2403.03853
 auto    what `compress` does: the criterion that loses least on held-out samples, then its refit.
-searched  what it does with --max-trials: how much to keep of what, found on held-out samples too.
+searched  what it does with --max-trials and --dims layers beside the others: how much to keep of
+        what, and of how many layers, found on held-out samples too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,7 @@ from ..influence import LAYER_CRITERIA, LayerSources, calibrate_layers
 from ..layers import layer_dimensions, renamed_paths
 from ..options import Options
 from ..plan import Cut, PrunePlan
-from ..planning import best_plan, choose_plan
+from ..planning import choose_plan, one_kind_whole
 from ..prune import (
     Cutter,
     picks,
@@ -50,13 +51,14 @@ from ..prune import (
     spread_array,
     zero_parameters,
 )
+from ..recipe import units
 from ..refit import USUAL, refit
 from ..residual import entry_of
 from ..swaps import refine
 
 INFLUENCE = "activation"  # the name of block influence among criteria of layers
 FITTED = " + refit"
-TRIALS = 12
+TRIALS = 24
 
 
 @dataclass(frozen=True)
@@ -130,19 +132,32 @@ def float32(module: nn.Module) -> nn.Module:
 
 
 def _auto(bench: Bench, aim: Aim, seed: int) -> Pruned:
-    plan = best_plan(bench.calibration, aim.dims, aim.wanted).winner.plan
-    return _fitted(bench, bench.calibration, aim, plan)
+    calibration = _calibrated(bench, replace(aim.options, importance="auto"))
+    others = one_kind_whole(
+        calibration.options, aim.wanted, lambda options: units(bench.model, bench.named, options)[1]
+    )
+    plan, _ = choose_plan(
+        calibration, bench.named, aim.dims, [], aim.wanted, others, together=True
+    )  # fmt: skip
+    return _fitted(bench, calibration, aim, plan)
 
 
 def _searched(bench: Bench, aim: Aim, seed: int) -> Pruned:
-    options = replace(aim.options, importance="auto", max_trials=TRIALS)
-    budget = language_budget(bench.model, options)
-    calibration = replace(bench.calibration, options=options, budget=budget)
+    options = replace(
+        aim.options, importance="auto", max_trials=TRIALS, dims=(*aim.options.dims, "layers")
+    )
+    calibration = _calibrated(bench, options)
+    layers = prunable_layers(bench.named, options, calibration.budget)
     plan, _ = choose_plan(
-        calibration, bench.named, aim.dims, [], aim.wanted,
+        calibration, bench.named, aim.dims, layers, aim.wanted,
         together=True, holds=partial(_holds, bench),
     )  # fmt: skip
     return _fitted(bench, calibration, aim, plan)
+
+
+def _calibrated(bench: Bench, options: Options) -> Calibration:
+    budget = language_budget(bench.model, options)
+    return replace(bench.calibration, options=options, budget=budget, notes=[])
 
 
 def _holds(bench: Bench, plan: PrunePlan) -> bool:

@@ -246,26 +246,28 @@ class Calibration:
 
     def _fitted(self, plan: PrunePlan, dims: list[Dimension]) -> tuple[Cutter, dict]:
         """Of the closed form and the sequential refit that follows it, the one with the lowest
-        held-out loss, or the plain cut where that is better for certain."""
+        held-out loss, or the plain cut where that is better for certain. Where only layers are
+        dropped there is nothing for the closed form to do."""
         if not self.options.refit:
             return self._recalibrated(plan)
-        closed = self.closed_form(plan, dims)
-        if not any(d.name in plan.cuts for d in dims):
-            return closed, {}
-        unit = "tokens" if self.samples.task is NEXT_TOKEN else "rows"
-        few = too_few(self.named, plan, self.statistics(dims), unit)
-        self.notes += [few] if few and few not in self.notes else []
+        closed, units = self.closed_form(plan, dims), any(d.name in plan.cuts for d in dims)
+        if units:
+            unit = "tokens" if self.samples.task is NEXT_TOKEN else "rows"
+            few = too_few(self.named, plan, self.statistics(dims), unit)
+            self.notes += [few] if few and few not in self.notes else []
         if len(self._all.batches) < 2:
-            return closed, {"method": "closed form"}
+            return closed, {"method": "closed form"} if units else {}
         cuts: dict[str, Cutter] = {AS_IT_IS: Fitted(pruner(self.named, plan))}
-        cuts["closed form"] = closed
-        if can_run(self.named, plan):
+        cuts |= {"closed form": closed} if units else {}
+        if plan.cuts and can_run(self.named, plan):
             cuts["sequential"] = refit_in_sequence(
                 self.named, plan, self.batches, self.fetch, held_out=self.held_out.batches,
                 masks=self._all.masks, start=closed, progress=self.progress,
             )  # fmt: skip
+        if len(cuts) == 1:
+            return closed, {}
         best, judged = self._best(plan, cuts)
-        if best == "sequential":
+        if units and best == "sequential":
             closed.forget(cuts[best].fitted)
         return cuts[best], {"method": best, "held_out": judged}
 
@@ -301,5 +303,5 @@ def fit(planned) -> None:
     `refit` are set.
     """
     calibration = planned.calibration
-    if planned.cut is None and planned.dims and calibration and calibration.read is not None:
+    if planned.cut is None and planned.plan.cuts and calibration and calibration.read is not None:
         planned.cut, planned.refit = calibration.fitted(planned.plan, planned.dims)

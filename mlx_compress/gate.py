@@ -150,19 +150,20 @@ def _what_passes(
 ) -> float | None:
     """The largest amount that passes, by the same criterion, from the statistics at hand."""
     calibration, dims = planned.calibration, planned.dims
+    cut = [d for d in dims if d.name in planned.plan.cuts]
     options, named = calibration.options, calibration.named
     verdict = planned.verdicts.get(UNITS)
     name = verdict.winner.name if verdict else options.importance
     asked = options.pruning_ratio is not None or options.budget is not None
-    given = not dims or not asked or name == "auto"
+    given = not cut or not asked or name == "auto"
     if given or any(is_layer_cut(cut) for cut in planned.plan):
         return None
     scores = calibration.scores(dims, name)
 
     def drop_at(removed: float) -> float:
         here = with_amount(options, removed, whole)
-        wanted = request(named, dims, here, calibration.budget)
-        plan = choose(named, dims, scores, wanted, here)
+        wanted = request(named, cut, here, calibration.budget)
+        plan = choose(named, cut, scores, wanted, here)
         if figure is LOSS:
             found = float(calibration.lost(plan, dims, samples).mean())
         else:

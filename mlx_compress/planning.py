@@ -4,7 +4,8 @@ By default every criterion is tried and judged on held-out samples, and counts a
 everywhere; with `max_trials` they are searched.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -15,9 +16,11 @@ from .budget import DENSE, parameters
 from .calibration import Calibration
 from .choice import LAYERS, UNITS, Verdict, judge
 from .errors import InputError
+from .evaluate import bootstrap_interval
 from .importance import CRITERIA, criterion
 from .influence import LAYER_CRITERIA
 from .layers import LayerDimension, settled
+from .options import KINDS, Options
 from .plan import PrunePlan
 from .prune import pruner
 from .scoring import layer_scores, layer_sources, unit_scores
@@ -29,21 +32,22 @@ STUDIES = "studies.log"  # beside the statistics: the trials of searches
 
 def choose_plan(
     calibration: Calibration, named: NamedAxes, dims: list[Dimension],
-    layers: list[LayerDimension], wanted: Request,
+    layers: list[LayerDimension], wanted: Request, others: Sequence[Request] = (),
     *, together: bool = False, holds: Callable[[PrunePlan], bool] = lambda plan: True,
 ) -> tuple[PrunePlan, dict[str, Verdict]]:  # fmt: skip
     """A plan by the options' criterion, and where that was chosen by evidence the verdicts: on
     units (`UNITS`), and on whole layers (`LAYERS`), which are judged with all units left.
 
-    With `max_trials` the counts are searched: one for all layers if `together`, of plans that
-    `holds(plan)` says can be saved.
+    `wanted` are the counts to keep, `others` such that evidence may prefer. With `max_trials` the
+    counts are searched: one for all layers if `together`, of plans that `holds(plan)` says can be
+    saved.
     """
     options, verdicts = calibration.options, {}
     said = {k: v for k, v in asdict(options).items() if v is not None and k != "study"}
     auto = options.importance == "auto"
     plan, shallower = PrunePlan({}, said), PrunePlan({})
     if dims and auto:
-        verdicts[UNITS] = best_plan(calibration, dims, wanted)
+        verdicts[UNITS], wanted = best_request(calibration, dims, wanted, others)
         winner = verdicts[UNITS].winner
         plan = PrunePlan(winner.plan.cuts, {**plan.recipe, "chosen": winner.name})
     elif dims:
@@ -56,6 +60,7 @@ def choose_plan(
     elif layers:
         scores = layer_scores(calibration, named, layers, options.importance)
         shallower = PrunePlan(choose_layers(named, layers, scores, options, calibration.budget))
+    calibration.notes += wanted.notes
     if options.max_trials:
         plan = _searched(
             calibration, named, dims, layers, [plan, shallower], verdicts, together, holds
@@ -110,13 +115,65 @@ def goal_of(asked: float, started: Iterable[float]) -> float:
     return max([asked, *(spent for spent in started if spent <= asked * (1 + ROUNDED))])
 
 
+def one_kind_whole(
+    options: Options, wanted: Request, ask: Callable[[Options], Request]
+) -> list[Request]:
+    """Requests that leave one kind of unit whole and meet the options' target by the others.
+
+    Only where the plan is chosen by evidence and not searched. `ask(options)` makes a request; what
+    it refuses is left out, as is what comes to the same as `wanted`.
+    """
+    kinds = [kind for kind in options.dims if kind in KINDS]
+    if options.importance != "auto" or options.budget is None or options.max_trials:
+        return []
+    found = []
+    for whole in kinds if len(kinds) > 1 else ():
+        with contextlib.suppress(InputError):
+            found.append(ask(replace(options, dims=tuple(k for k in kinds if k != whole))))
+    return [other for other in found if other.counts != wanted.counts]
+
+
+def best_request(
+    calibration: Calibration, dims: list[Dimension], wanted: Request, others: Sequence[Request]
+) -> tuple[Verdict, Request]:
+    """The plan that loses least on held-out samples, by criterion, and the counts that it keeps.
+
+    `wanted` is departed from where one of `others` is better for certain (95 %, paired), by the
+    criterion that is best for `wanted`; its criteria are judged anew.
+    """
+    verdict = best_plan(calibration, dims, wanted)
+    first, named = verdict.winner, calibration.named
+    scores = calibration.scores(dims, first.name) if others else {}
+    lowest, better = first.mean, None
+    for other in others:
+        plan = choose(named, _asked(dims, other), scores, other, calibration.options)
+        losses = calibration.lost(plan, dims)
+        less = bootstrap_interval(
+            first.losses - losses, np.ones(len(losses)), seed=calibration.options.seed
+        )
+        if less["low"] > 0 and losses.mean() < lowest:
+            lowest, better = float(losses.mean()), other
+    if better is None:
+        return verdict, wanted
+    whole = {d.kind for d in dims} - {d.kind for d in _asked(dims, better)}
+    calibration.notes.append(
+        f"{', '.join(sorted(whole))}: all kept, as held-out loss is {lowest:.4g} so and "
+        f"{first.mean:.4g} with some of all kinds removed"
+    )
+    return best_plan(calibration, dims, better), better
+
+
+def _asked(dims: Iterable[Dimension], wanted: Request) -> list[Dimension]:
+    return [d for d in dims if d.name in wanted.counts]
+
+
 def best_plan(calibration: Calibration, dims: list[Dimension], wanted: Request) -> Verdict:
     """The plan of the criterion that loses least on held-out samples."""
-    sources, options = calibration.sources(dims), calibration.options
+    sources, options, cut = calibration.sources(dims), calibration.options, _asked(dims, wanted)
 
     def planned(name: str) -> PrunePlan:
         scores = criterion(name)(sources)
-        return choose(sources.named, dims, scores, wanted, options, {"importance": name})
+        return choose(sources.named, cut, scores, wanted, options, {"importance": name})
 
     return _judged(calibration, tuple(CRITERIA), planned, lambda plan: calibration.lost(plan, dims))
 

@@ -45,7 +45,7 @@ from .importance import needs
 from .layers import dropped_parameters, is_layer_cut, renamed_paths, settled, without
 from .options import KINDS, Options
 from .plan import PrunePlan, describe
-from .planning import choose_plan
+from .planning import choose_plan, one_kind_whole
 from .prune import Cutter, check_plan, pruned_fetch, pruner
 from .report import add_plan, record_of, write_report
 from .scoring import (
@@ -102,9 +102,11 @@ def make_plan(
     dims, wanted = units(model, named, options, carrier, calibration.budget)
     for d in layers if carrier is None else ():
         _planned(model, named, PrunePlan({d.name: without(d, d.removable[-1:])}), [], None)
-    notes += wanted.notes
+    others = one_kind_whole(
+        options, wanted, lambda o: units(model, named, o, carrier, calibration.budget)[1]
+    )
     plan, verdicts = choose_plan(
-        calibration, named, dims, layers, wanted,
+        calibration, named, dims, layers, wanted, others,
         together=carrier is None and not options.global_pruning,
         holds=lambda plan: _holds(model, named, plan, carrier),
     )  # fmt: skip
@@ -115,7 +117,7 @@ def make_plan(
 
 def _stands_on(planned: Planned, calibration: Calibration, dims: list[Dimension]) -> Planned:
     planned.calibration, planned.dims = calibration, dims
-    if dims and calibration.options.refit and calibration.read is None:
+    if calibration.options.refit and calibration.read is None:
         planned.notes.append("no --data: the kept weights are not refitted")
     return planned
 

@@ -7,7 +7,7 @@ shared:
 
 1. a table: each site alone cut to a few counts, all else dense;
 2. the allocations to start from: uniform, those given, and the one that is best if what sites
-   lose adds up (a knapsack, solved by Lagrange's multiplier);
+   lose adds up (a knapsack, solved by Lagrange's multiplier), also for each number of layers;
 3. the best so far, changed: one site gives, others take, in steps that get smaller.
 
 The table and knapsack are those of ZipLM and SPDY (Frantar and Alistarh, 2022,
@@ -24,7 +24,8 @@ import numpy as np
 from .plan import Cut
 
 LEVELS = (0.75, 0.5, 0.25, 0.125)  # of a site's size, in the table
-FINEST = 32  # a change is at least this fraction of a site
+FINEST = 32  # a change is at least this fraction of a site, while there are such changes
+HALVINGS = 6  # of steps that begin with an eighth of a site
 SLACK = 1e-6  # of the budget
 Counts = Mapping[str, int]
 
@@ -33,7 +34,7 @@ Counts = Mapping[str, int]
 class Site:
     """`size` units, of which at least `least` stay, in multiples of `step`.
 
-    `cuts(count)` gives the cuts of a plan that keeps so many.
+    `cuts(count)` gives the cuts of a plan that keeps so many. `depth`: they are whole layers.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Site:
     cuts: Callable[[int], dict[str, Cut]]
     least: int = 1
     step: int = 1
+    depth: bool = False
 
     def nearest(self, wanted: float) -> int:
         """The count nearest to `wanted` that is allowed."""
@@ -52,6 +54,7 @@ class Site:
 
     def levels(self) -> list[int]:
         counts = {self.nearest(self.size * level) for level in LEVELS}
+        counts |= {self.nearest(self.size - 1)} if self.depth else set()
         return sorted(counts - {self.size}, reverse=True)
 
 
@@ -105,7 +108,7 @@ class Search:
         losses = {_key(t.counts): t.loss for t in done}
         if any(_key(counts) not in losses for counts in self.table):
             return None
-        for counts in (*self.starts, self.knapsack(losses)):
+        for counts in (*self.starts, self.knapsack(losses), *self._of_each_depth(losses)):
             if counts is not None and _key(counts) not in known and self.holds(counts):
                 return dict(counts)
         spent = len(done) - len(self.table)
@@ -120,9 +123,17 @@ class Search:
         return min(within, key=lambda t: t.loss, default=None)
 
     def finalists(self, done: Sequence[Trial]) -> list[dict[str, int]]:
-        """The starts and the knapsack's allocation, as far as they are within the budget."""
+        """The starts, the knapsack's allocation, and the best trial with each number of layers, as
+        far as they are within the budget.
+
+        What is lost with a layer is mended by the weights behind it, which trials do not show.
+        """
         losses = {_key(t.counts): t.loss for t in done}
-        found = (dict(c) for c in (*self.starts, self.knapsack(losses)) if c and self.holds(c))
+        found = [dict(c) for c in (*self.starts, self.knapsack(losses)) if c and self.holds(c)]
+        for site in self._deep:
+            for n in (site.size, *self.levels[site.name]):
+                best = self.best([t for t in done if t.counts[site.name] == n])
+                found += [best.counts] if best else []
         within = (c for c in found if self.spending(c) <= self.goal * (1 + SLACK))
         return list({_key(counts): counts for counts in within}.values())
 
@@ -133,12 +144,29 @@ class Search:
 
     # ---- the knapsack
 
-    def knapsack(self, losses: Mapping[tuple, float]) -> dict[str, int] | None:
+    @property
+    def _deep(self) -> list[Site]:
+        return [site for site in self.sites if site.depth]
+
+    def _of_each_depth(self, losses: Mapping[tuple, float]) -> Iterable[dict[str, int] | None]:
+        """The knapsack's allocation for each number of layers that does not do by itself."""
+        for site in self._deep:
+            for n in (site.size, *self.levels[site.name]):
+                if self.spending(self.dense | {site.name: n}) > self.goal:
+                    yield self.knapsack(losses, {site.name: n})
+
+    def knapsack(
+        self, losses: Mapping[tuple, float], fixed: Counts | None = None
+    ) -> dict[str, int] | None:
         """The counts that lose least if losses and savings of single sites add up.
 
-        `losses` holds those of the table. None when no counts are within the budget.
+        `losses` holds those of the table, `fixed` the counts of sites that are not up for choice.
+        None when no counts are within the budget.
         """
         choices = {site.name: self._choices(site, losses) for site in self.sites}
+        for name, n in (fixed or {}).items():
+            at_n = choices[name][0] == n
+            choices[name] = tuple(each[at_n] for each in choices[name])
 
         def at(price: float) -> dict[str, int]:
             return {
@@ -197,22 +225,34 @@ class Search:
     # ---- changes
 
     def _changed(self, counts: Counts, known: set, progress: float, number: int) -> dict | None:
-        """One site gives a step, others take what that frees; steps get smaller with progress."""
+        """One site gives a step, others take what that frees; steps get smaller with progress, and
+        where nothing new is found, which takes what the budget still has, too."""
         rng = np.random.default_rng((self.seed, number))
-        for _ in range(64):
-            share = 8 * 2 ** int(3 * min(progress, 0.99))
-            order = [self.sites[k] for k in rng.permutation(len(self.sites))]
-            giver, takers = order[0], order[1:]
-            new = dict(counts)
-            new[giver.name] = giver.nearest(new[giver.name] - _step(giver, share))
-            for taker in takers:
-                more = new | {taker.name: taker.nearest(new[taker.name] + _step(taker, share))}
-                if self.spending(more) <= self.goal:
-                    new = more
-            fits = _key(new) not in known and self.spending(new) <= self.goal
-            if fits and self.holds(new):
+
+        def is_new(new: Counts) -> bool:
+            return _key(new) not in known and self.spending(new) <= self.goal and self.holds(new)
+
+        for halvings in range(int(3 * min(progress, 0.99)), HALVINGS):
+            share = 8 * 2**halvings
+            for _ in range(64):
+                giver, *takers = (self.sites[k] for k in rng.permutation(len(self.sites)))
+                less = giver.nearest(counts[giver.name] - _step(giver, share))
+                new = self._taken({**counts, giver.name: less}, takers, share)
+                if is_new(new):
+                    return new
+            new = self._taken(counts, self.sites, share)
+            if is_new(new):
                 return new
         return None
+
+    def _taken(self, counts: Counts, takers: Iterable[Site], share: int) -> dict[str, int]:
+        """Each of `takers` has a step more, as far as the budget allows."""
+        new = dict(counts)
+        for taker in takers:
+            more = new | {taker.name: taker.nearest(new[taker.name] + _step(taker, share))}
+            if self.spending(more) <= self.goal:
+                new = more
+        return new
 
 
 def _step(site: Site, share: int) -> int:

@@ -24,7 +24,7 @@ from .layers import dropped_parameters, is_layer_cut, settled
 from .options import KINDS, Options
 from .parity import TOLERANCE, error_of
 from .plan import PrunePlan
-from .planning import choose_plan
+from .planning import choose_plan, one_kind_whole
 from .program import Program, prune_program, with_weights
 from .prune import Cutter, check_plan, picks, pruner, spread_array
 from .report import record_of
@@ -97,7 +97,7 @@ def plan_program(
     gone = dropped_parameters(named, plan)
     kept = block_parameters(named, plan.counts(), gone) / block_parameters(named)
     planned = ProgramPlan(plan, kept, notes, verdicts=verdicts, calibration=calibration, dims=dims)
-    if dims and options.refit and calibration.read is None:
+    if options.refit and calibration.read is None:
         notes.append("no --data: the kept weights are not refitted")
     return planned
 
@@ -112,12 +112,15 @@ def _choose(named: NamedAxes, options: Options, calibration: Calibration):
             f"sentence pairs in .jsonl, or choose from {names}."
         )
     layers = prunable_layers(named, options, calibration.budget)
-    dims, wanted = [], Request({})
+    dims, wanted, others = [], Request({}), []
     if any(kind in KINDS for kind in options.dims):
-        dims = prunable(named, options)
-        wanted = request(named, dims, options, calibration.budget)
-    calibration.notes += wanted.notes
-    return *choose_plan(calibration, named, dims, layers, wanted), dims
+
+        def ask(options: Options) -> Request:
+            return request(named, prunable(named, options), options, calibration.budget)
+
+        dims, wanted = prunable(named, options), ask(options)
+        others = one_kind_whole(options, wanted, ask)
+    return *choose_plan(calibration, named, dims, layers, wanted, others), dims
 
 
 def save_pruned_program(

@@ -36,7 +36,7 @@ def sites_of(
         out.append(Site(name, same[0].size, _unit_cuts(same, scores), step, step))
     for d in layers:
         out.append(Site(d.name, d.size, _layer_cuts(d, scores[d.name]),
-                        max(1, d.size - len(d.removable))))  # fmt: skip
+                        max(1, d.size - len(d.removable)), depth=True))  # fmt: skip
     return out
 
 

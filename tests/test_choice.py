@@ -16,6 +16,7 @@ from mlx_compress.data import Windows
 from mlx_compress.errors import InputError
 from mlx_compress.importance import CRITERIA
 from mlx_compress.influence import LAYER_CRITERIA
+from mlx_compress.layers import layer_dimensions, without
 from mlx_compress.options import Options
 from mlx_compress.plan import PrunePlan
 
@@ -88,6 +89,18 @@ def test_a_model_is_planned_by_the_criterion_that_loses_least(tmp_path):
     assert verdict.behind[verdict.winner.name]["low"] <= 0
 
 
+LAYERS_ONLY = Options(pruning_ratio=0.3, dims=("layers",), batch_size=2)
+
+
+def held_out_losses(planned, folder):
+    """Of each held-out window, by stock code."""
+    module, out = recipe.open_model(folder).module(), []
+    for [tokens] in planned.calibration.held_out.batches:
+        losses = nn.losses.cross_entropy(module(tokens)[:, :-1], tokens[:, 1:])
+        out.append(losses.mean(axis=1))
+    return np.concatenate(out)
+
+
 def test_layers_are_dropped_by_the_criterion_that_loses_least(tmp_path):
     """A block of large weights that adds next to nothing: magnitude keeps it, evidence does not."""
     weights = tiny.save({**tiny.LLAMA, "num_hidden_layers": 3}, tmp_path)
@@ -96,7 +109,7 @@ def test_layers_are_dropped_by_the_criterion_that_loses_least(tmp_path):
         idle = "o_proj" in path or "down_proj" in path
         weights[path] *= 1e-4 if idle else 10
     mx.save_safetensors(str(tmp_path / "model.safetensors"), weights, {"format": "mlx"})
-    options = Options(pruning_ratio=0.3, dims=("layers",), batch_size=2)
+    options = replace(LAYERS_ONLY, refit=False)
     model = recipe.open_model(tmp_path)
     planned = recipe.make_plan(model, options, windows())
     verdict = planned.verdicts[LAYERS]
@@ -107,15 +120,71 @@ def test_layers_are_dropped_by_the_criterion_that_loses_least(tmp_path):
     assert not planned.notes and not planned.dims
 
     recipe.save_pruned(model, planned, tmp_path / "out")
-    held_out = planned.calibration.held_out.batches
-    logits = [recipe.open_model(tmp_path / "out").module()(tokens)[:, :-1] for [tokens] in held_out]
-    wanted = [
-        nn.losses.cross_entropy(each, tokens[:, 1:]).mean(axis=1)
-        for each, [tokens] in zip(logits, held_out, strict=True)
-    ]
-    np.testing.assert_allclose(verdict.winner.losses, np.concatenate(wanted), rtol=1e-5)
+    wanted = held_out_losses(planned, tmp_path / "out")
+    np.testing.assert_allclose(verdict.winner.losses, wanted, rtol=1e-5)
     record = json.loads((tmp_path / "out" / "compression.json").read_text())
     assert [c["criterion"] for c in record["layer_criteria"]] == list(LAYER_CRITERIA)
+
+
+def test_what_is_lost_with_a_layer_is_mended_by_those_behind_it(tmp_path):
+    """The last of three repeats the second, which is dropped: what makes up for it is to be had."""
+    weights = tiny.save({**tiny.LLAMA, "num_hidden_layers": 3}, tmp_path)
+    second, third = "model.layers.1.", "model.layers.2."
+    weights |= {p.replace(second, third): a for p, a in weights.items() if p.startswith(second)}
+    weights = {p: a * 0.3 if "o_proj" in p or "down" in p else a for p, a in weights.items()}
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights, {"format": "mlx"})
+    model = recipe.open_model(tmp_path)
+    cut = without(layer_dimensions(recipe.inspect(model))[0], [1])
+    off = {}
+    for refit in (True, False):
+        options = replace(LAYERS_ONLY, refit=refit)
+        planned = recipe.apply_plan(model, PrunePlan({cut.name: cut}), options, windows(64))
+        out = tmp_path / str(refit)
+        recipe.save_pruned(model, planned, out)
+        batches = planned.calibration.held_out.batches
+        pairs = [[recipe.open_model(f).module()(*b) for f in (tmp_path, out)] for b in batches]
+        off[refit] = sum(mx.square(want - got).sum().item() for want, got in pairs)
+        record = json.loads((out / "compression.json").read_text())
+        assert ("refit" in record) is refit
+        if refit:
+            fitted = record["refit"]
+            assert fitted["method"] == "sequential"
+            assert fitted["lambda"] and all(p.startswith(third) for p in fitted["lambda"])
+            found = held_out_losses(planned, out).mean()
+            assert found == pytest.approx(fitted["held_out"]["sequential"], rel=1e-5)
+    assert off[True] < 0.8 * off[False]
+
+
+def own_words(model, count=128, length=12):
+    """Windows that a model wrote itself, so that it loses by whatever harms it."""
+    module, tokens = model.module(), mx.zeros((count, 1), mx.int32)
+    for step in range(length - 1):
+        logits = module(tokens)[:, -1]
+        drawn = mx.random.categorical(logits, key=mx.random.key(step))
+        tokens = mx.concatenate([tokens, drawn[:, None].astype(mx.int32)], axis=1)
+    return Windows(np.array(tokens), np.full(count, length - 1), None)
+
+
+@pytest.mark.parametrize(("idle", "whole"), [("down", True), ("o_proj", False)])
+def test_a_kind_of_unit_is_left_whole_where_that_loses_less(tmp_path, idle, whole):
+    """Half of the heads or none can go; where the MLPs do nothing, it had better be none."""
+    weights = tiny.save({**tiny.LLAMA, "intermediate_size": 80}, tmp_path)
+    scale = {"o_proj": 4.0, "down": 4.0, "lm_head": 3.0, idle: 1e-3}
+    weights = {
+        p: a * next((s for name, s in scale.items() if name in p), 1) for p, a in weights.items()
+    }
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights, {"format": "mlx"})
+    model = recipe.open_model(tmp_path)
+    options = Options(params=0.6, batch_size=4)
+    planned = recipe.make_plan(model, options, own_words(model))
+    cut = {cut.kind for cut in planned.plan}
+    assert cut == ({"channels"} if whole else {"channels", "heads"})
+    said = [note for note in planned.notes if note.startswith("heads: all kept")]
+    rounded = [note for note in planned.notes if "self_attn.heads: 1 of 2 kept" in note]
+    assert (bool(said), bool(rounded)) == (whole, not whole)
+    winner = planned.verdicts[UNITS].winner
+    assert winner.plan.cuts == planned.plan.cuts
+    assert planned.kept_parameters == pytest.approx(0.6, abs=0.01)
 
 
 def test_units_and_layers_have_each_their_verdict(tmp_path):

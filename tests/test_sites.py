@@ -95,7 +95,7 @@ def test_a_search_stays_within_the_budget_and_is_no_worse_than_its_start(
     )
     assert spent(named)(plan) <= 0.7 + 1e-6
     assert record["best"] <= record["start"]
-    assert record["best"] == pytest.approx(float(calibrated.lost(plan, dims).mean()))
+    assert record["best"] <= float(calibrated.lost(plan, dims).mean()) + 1e-6
 
 
 def test_a_search_may_spend_what_its_start_was_rounded_up_to():
@@ -177,7 +177,7 @@ def test_a_single_plan_is_not_fitted_before_it_is_saved(calibrated, parts, monke
     assert calibrated.fittest([plan], dims) is plan
 
 
-def test_whole_layers_are_judged_beside_units_though_no_weight_is_fitted(calibrated, parts):
+def test_whole_layers_are_judged_beside_units(calibrated, parts):
     named, dims, layers, scores = parts
     sites = sites_of(dims, layers, scores, together=True)
     whole = {site.name: site.size for site in sites}
@@ -188,6 +188,5 @@ def test_whole_layers_are_judged_beside_units_though_no_weight_is_fitted(calibra
     for plan in plans:
         cut, record = calibrated._fitted(plan, dims)
         losses.append(float(calibrated.losses(plan, cut, calibrated.held_out).mean()))
-    assert not calibrated._fitted(plans[0], dims)[1]  # nothing to fit, so no record
     for order in (plans, plans[::-1]):
         assert calibrated.fittest(order, dims).cuts == plans[int(np.argmin(losses))].cuts
