@@ -157,3 +157,37 @@ def test_the_search_ends_when_there_is_nothing_left_to_try():
     search = Search(tiny, lambda c: sum(c.values()) / 4, 0.75, trials=50)
     done = run_search(search, lambda c: float(np.sum(list(c.values()))))
     assert len(done) <= 4
+
+
+def shallow(goal, trials=24):
+    """Many channels, two heads and six layers of a model: what they keep is multiplied."""
+    parts = [Site("channels", 704, lambda n: {}), Site("heads", 2, lambda n: {}),
+             Site("layers", 6, lambda n: {}, depth=True)]  # fmt: skip
+
+    def spent(counts):
+        return (0.73 * counts["channels"] / 704 + 0.27 * counts["heads"] / 2) * counts["layers"] / 6
+
+    def loss(counts):
+        gone = {site.name: 1 - counts[site.name] / site.size for site in parts}
+        return gone["channels"] ** 2 + 0.5 * gone["heads"] + 2 * gone["layers"]
+
+    search = Search(parts, spent, goal, trials=trials)
+    return search, run_search(search, loss)
+
+
+def test_each_number_of_layers_is_begun_with_and_judged_again():
+    search, done = shallow(0.6)
+    assert {5, 4, 3} <= {t.counts["layers"] for t in done[: len(search.table)]}
+    begun = done[len(search.table) :][:4]
+    assert {t.counts["layers"] for t in begun} == {6, 5, 4}  # three of six do by themselves
+    finals = search.finalists(done)
+    for depth in (6, 5, 4):
+        best = search.best([t for t in done if t.counts["layers"] == depth])
+        assert best.counts in finals and 0.57 < best.spent <= search.goal
+    assert search.best(done).counts in finals
+
+
+def test_steps_get_smaller_where_nothing_new_is_found_until_the_budget_is_spent():
+    search, done = shallow(0.65)
+    assert len(done) >= len(search.table) + search.trials
+    assert search.goal - search.best(done).spent < 0.73 / 704 * 4
