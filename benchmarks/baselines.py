@@ -134,7 +134,7 @@ def float32(module: nn.Module) -> nn.Module:
 def _auto(bench: Bench, aim: Aim, seed: int) -> Pruned:
     calibration = _calibrated(bench, replace(aim.options, importance="auto"))
     others = one_kind_whole(
-        calibration.options, aim.wanted, lambda options: units(bench.model, bench.named, options)[1]
+        calibration.options, lambda options: units(bench.model, bench.named, options)[1]
     )
     plan, _ = choose_plan(
         calibration, bench.named, aim.dims, [], aim.wanted, others, together=True

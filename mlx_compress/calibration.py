@@ -39,6 +39,10 @@ from .tasks import NEXT_TOKEN
 SPILLED = 2**30  # bytes of second moments; more lie on disk
 HELD_OUT = 0.25
 AS_IT_IS = "as it is"
+UNMENDED = (
+    "one batch of samples is not enough to fit the weights behind dropped layers anew; give more "
+    "--calibration-samples, or a smaller --batch-size"
+)
 
 
 @dataclass
@@ -256,6 +260,7 @@ class Calibration:
             few = too_few(self.named, plan, self.statistics(dims), unit)
             self.notes += [few] if few and few not in self.notes else []
         if len(self._all.batches) < 2:
+            self.notes += [UNMENDED] if plan.cuts and not units else []
             return closed, {"method": "closed form"} if units else {}
         cuts: dict[str, Cutter] = {AS_IT_IS: Fitted(pruner(self.named, plan))}
         cuts |= {"closed form": closed} if units else {}
@@ -264,7 +269,7 @@ class Calibration:
                 self.named, plan, self.batches, self.fetch, held_out=self.held_out.batches,
                 masks=self._all.masks, start=closed, progress=self.progress,
             )  # fmt: skip
-        if len(cuts) == 1:
+        if not units and not (plan.cuts and cuts["sequential"].fitted):
             return closed, {}
         best, judged = self._best(plan, cuts)
         if units and best == "sequential":

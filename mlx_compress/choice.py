@@ -81,7 +81,10 @@ def judge(
         started = time.perf_counter()
         plan = planned(name)
         seconds = time.perf_counter() - started
-        candidates.append(Candidate(name, plan, losses(plan), seconds, "second" in needs(name)))
+        same = (c.losses for c in candidates if c.plan.cuts == plan.cuts)
+        lost = next(same, None)
+        lost = losses(plan) if lost is None else lost
+        candidates.append(Candidate(name, plan, lost, seconds, "second" in needs(name)))
         progress("criteria", k + 1, len(names))
     return decide(candidates, seed=seed)
 

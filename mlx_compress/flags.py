@@ -108,7 +108,9 @@ Global = Annotated[
 Refit = Annotated[
     bool,
     typer.Option(
-        "--refit/--no-refit", help="Fit the weights that read what is removed anew (needs --data)."
+        "--refit/--no-refit",
+        help="Fit anew the weights that read what is removed, and those behind dropped layers "
+        "(needs --data).",
     ),
 ]
 MaxDrop = Annotated[

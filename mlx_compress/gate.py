@@ -150,7 +150,8 @@ def _what_passes(
 ) -> float | None:
     """The largest amount that passes, by the same criterion, from the statistics at hand."""
     calibration, dims = planned.calibration, planned.dims
-    cut = [d for d in dims if d.name in planned.plan.cuts]
+    kinds = {cut.kind for cut in planned.plan}
+    cut = [d for d in dims if d.kind in kinds]
     options, named = calibration.options, calibration.named
     verdict = planned.verdicts.get(UNITS)
     name = verdict.winner.name if verdict else options.importance

@@ -52,7 +52,8 @@ class Options:
     all weights as they are saved; `latency_ms`, milliseconds of a forward pass on this machine. A
     pass reads `max_seq_length` tokens, or a batch of one. One of the five is given.
     `importance` auto tries every criterion and judges on held-out calibration text. With `refit`
-    the weights that read what is removed are fitted anew (`refit.py`), where there is text.
+    the weights that read what is removed, or stand behind a dropped layer, are fitted anew
+    (`refit.py`, `sequential.py`), where there is text.
     `dims` are the kinds of dimension to prune, `ignored_layers` glob patterns of dimension or
     parameter names to leave alone, `round_to` a step for the counts that are kept.
     `max_drop` is a gate on what is lost, in nats per token of text, for others in the task's

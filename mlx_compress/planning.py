@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from .allocate import Request, choose, choose_layers
+from .allocate import Request, choose, choose_layers, stand_in
 from .axes import Dimension, NamedAxes
 from .budget import DENSE, parameters
 from .calibration import Calibration
@@ -45,36 +45,39 @@ def choose_plan(
     options, verdicts = calibration.options, {}
     said = {k: v for k, v in asdict(options).items() if v is not None and k != "study"}
     auto = options.importance == "auto"
-    plan, shallower = PrunePlan({}, said), PrunePlan({})
+    narrower, shallower = PrunePlan({}), PrunePlan({})
     if dims and auto:
-        verdicts[UNITS], wanted = best_request(calibration, dims, wanted, others)
-        winner = verdicts[UNITS].winner
-        plan = PrunePlan(winner.plan.cuts, {**plan.recipe, "chosen": winner.name})
+        verdicts[UNITS], wanted = best_request(calibration, named, dims, wanted, others)
+        narrower = verdicts[UNITS].winner.plan
+        said["chosen"] = verdicts[UNITS].winner.name
     elif dims:
         scores = unit_scores(calibration, named, dims)
-        plan = choose(named, dims, scores, wanted, options, plan.recipe)
+        narrower = choose(named, dims, scores, wanted, options)
     if layers and auto:
         verdicts[LAYERS] = best_layers(calibration, layers)
         shallower = verdicts[LAYERS].winner.plan
-        plan.recipe["chosen_layers"] = verdicts[LAYERS].winner.name
+        said["chosen_layers"] = verdicts[LAYERS].winner.name
     elif layers:
         scores = layer_scores(calibration, named, layers, options.importance)
         shallower = PrunePlan(choose_layers(named, layers, scores, options, calibration.budget))
     calibration.notes += wanted.notes
+    plan = PrunePlan(narrower.cuts | shallower.cuts, said)
     if options.max_trials:
-        plan = _searched(
-            calibration, named, dims, layers, [plan, shallower], verdicts, together, holds
-        )
+        # Either alone makes up a target; of a ratio each is one part.
+        starts = [narrower, shallower] if options.budget else [plan]
+        plan = _searched(calibration, named, dims, layers, starts, verdicts, together, holds, said)
     elif layers:
-        plan = settled(named, PrunePlan(plan.cuts | shallower.cuts, plan.recipe))
+        plan = settled(named, plan)
     if calibration.budget is not None:
         calibration.notes.append(calibration.budget.told(options, plan))
     return plan, verdicts
 
 
-def _searched(calibration, named, dims, layers, starts, verdicts, together, holds) -> PrunePlan:
-    """The plan that a search finds, beginning with plans for units and for layers alone."""
-    options, narrower = calibration.options, starts[0]
+def _searched(
+    calibration, named, dims, layers, starts, verdicts, together, holds, said
+) -> PrunePlan:
+    """The plan that a search finds, beginning with `starts`; `said` is its recipe."""
+    options, first = calibration.options, starts[0]
     if calibration.read is None:
         raise InputError("--max-trials judges on held-out samples: give --data.")
     names = {about: verdict.winner.name for about, verdict in verdicts.items()}
@@ -89,21 +92,22 @@ def _searched(calibration, named, dims, layers, starts, verdicts, together, hold
     sites = sites_of(dims, layers, scores, together=together, round_to=options.round_to)
     least = plan_of(named, sites, {site.name: site.nearest(0) for site in sites})
     budget = calibration.budget or parameters(named)
-    spent = budget.along([DENSE, narrower, least])
-    asked = options.budget[1] if options.budget else spent(narrower)
+    spent = budget.along([DENSE, first, least])
+    asked = options.budget[1] if options.budget else spent(first)
     plan, found = search_plan(
         calibration, named, dims, sites, spent,
         goal_of(asked, [spent(start) for start in starts if start.cuts]), options,
         starts=[{c.name: c.kept for c in start} for start in starts if start.cuts],
         holds=holds,
         storage=options.study or calibration.kept and str(calibration.kept / STUDIES),
+        scored_by=[f"{about} by {name}" for about, name in names.items()],
     )  # fmt: skip
     words = {"start": "to begin with", "best": "at the best", "dense": "dense"}
     losses = (f"{found[key]:.4f} {told}" for key, told in words.items() if found[key] is not None)
     calibration.notes.append(
         f"search: {found['trials']} allocations tried; held-out loss {', '.join(losses)}"
     )
-    return PrunePlan(plan.cuts, {**narrower.recipe, "search": found})
+    return PrunePlan(plan.cuts, {**said, "search": found})
 
 
 def goal_of(asked: float, started: Iterable[float]) -> float:
@@ -115,38 +119,45 @@ def goal_of(asked: float, started: Iterable[float]) -> float:
     return max([asked, *(spent for spent in started if spent <= asked * (1 + ROUNDED))])
 
 
-def one_kind_whole(
-    options: Options, wanted: Request, ask: Callable[[Options], Request]
-) -> list[Request]:
+def one_kind_whole(options: Options, ask: Callable[[Options], Request]) -> list[Request]:
     """Requests that leave one kind of unit whole and meet the options' target by the others.
 
     Only where the plan is chosen by evidence and not searched. `ask(options)` makes a request; what
-    it refuses is left out, as is what comes to the same as `wanted`.
+    it refuses is left out.
     """
     kinds = [kind for kind in options.dims if kind in KINDS]
-    if options.importance != "auto" or options.budget is None or options.max_trials:
-        return []
     found = []
+    if options.importance != "auto" or options.budget is None or options.max_trials:
+        return found
     for whole in kinds if len(kinds) > 1 else ():
         with contextlib.suppress(InputError):
             found.append(ask(replace(options, dims=tuple(k for k in kinds if k != whole))))
-    return [other for other in found if other.counts != wanted.counts]
+    return found
 
 
 def best_request(
-    calibration: Calibration, dims: list[Dimension], wanted: Request, others: Sequence[Request]
-) -> tuple[Verdict, Request]:
+    calibration: Calibration, named: NamedAxes, dims: list[Dimension], wanted: Request,
+    others: Sequence[Request],
+) -> tuple[Verdict, Request]:  # fmt: skip
     """The plan that loses least on held-out samples, by criterion, and the counts that it keeps.
 
     `wanted` is departed from where one of `others` is better for certain (95 %, paired), by the
-    criterion that is best for `wanted`; its criteria are judged anew.
+    criterion that is best for `wanted`; its criteria are judged anew. Such as spend more than was
+    asked, or than `wanted` does, are not compared with it, nor are those that come to the same.
     """
     verdict = best_plan(calibration, dims, wanted)
-    first, named = verdict.winner, calibration.named
-    scores = calibration.scores(dims, first.name) if others else {}
+    if not others:
+        return verdict, wanted
+    first, scores = verdict.winner, calibration.scores(dims, verdict.winner.name)
+    budget = calibration.budget or parameters(named)
+    spends, *each = budget.measure([stand_in(named, r.counts) for r in (wanted, *others)])
+    limit = max(calibration.options.budget[1], spends) * (1 + ROUNDED)
     lowest, better = first.mean, None
-    for other in others:
-        plan = choose(named, _asked(dims, other), scores, other, calibration.options)
+    for other in (r for r, spent in zip(others, each, strict=True) if spent <= limit):
+        cut = _asked(dims, other)
+        plan = choose(calibration.named, cut, scores, other, calibration.options)
+        if plan.cuts == first.plan.cuts:
+            continue
         losses = calibration.lost(plan, dims)
         less = bootstrap_interval(
             first.losses - losses, np.ones(len(losses)), seed=calibration.options.seed
@@ -158,7 +169,7 @@ def best_request(
     whole = {d.kind for d in dims} - {d.kind for d in _asked(dims, better)}
     calibration.notes.append(
         f"{', '.join(sorted(whole))}: all kept, as held-out loss is {lowest:.4g} so and "
-        f"{first.mean:.4g} with some of all kinds removed"
+        f"{first.mean:.4g} otherwise"
     )
     return best_plan(calibration, dims, better), better
 
@@ -179,8 +190,12 @@ def best_plan(calibration: Calibration, dims: list[Dimension], wanted: Request) 
 
 
 def best_layers(calibration: Calibration, dims: list[LayerDimension]) -> Verdict:
-    """The plan of the criterion by whose order of layers the least is lost on held-out samples."""
-    options, named = calibration.options, calibration.named
+    """The plan of the criterion by whose order of layers the least is lost on held-out samples.
+
+    They are compared before anything mends what is lost. Where layers differ in size each plan is
+    as near to a target as its order comes.
+    """
+    options, named, held_out = calibration.options, calibration.named, calibration.held_out
     sources = layer_sources(calibration, dims, gradients=True)
 
     def planned(name: str) -> PrunePlan:
@@ -188,7 +203,7 @@ def best_layers(calibration: Calibration, dims: list[LayerDimension]) -> Verdict
         return PrunePlan(choose_layers(named, here, scores, options, calibration.budget))
 
     def losses(plan: PrunePlan) -> np.ndarray:
-        return calibration.losses(plan, pruner(named, plan), calibration.held_out)
+        return calibration.losses(plan, pruner(named, plan), held_out)
 
     return _judged(calibration, tuple(LAYER_CRITERIA), planned, losses)
 

@@ -103,7 +103,7 @@ def make_plan(
     for d in layers if carrier is None else ():
         _planned(model, named, PrunePlan({d.name: without(d, d.removable[-1:])}), [], None)
     others = one_kind_whole(
-        options, wanted, lambda o: units(model, named, o, carrier, calibration.budget)[1]
+        options, lambda o: units(model, named, o, carrier, calibration.budget)[1]
     )
     plan, verdicts = choose_plan(
         calibration, named, dims, layers, wanted, others,

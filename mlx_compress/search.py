@@ -7,8 +7,11 @@ shared:
 
 1. a table: each site alone cut to a few counts, all else dense;
 2. the allocations to start from: uniform, those given, and the one that is best if what sites
-   lose adds up (a knapsack, solved by Lagrange's multiplier), also for each number of layers;
+   lose adds up (a knapsack, solved by Lagrange's multiplier);
 3. the best so far, changed: one site gives, others take, in steps that get smaller.
+
+Where layers can go, the second step has a knapsack for each number of them in the table, and
+`finalists` the best trial of each.
 
 The table and knapsack are those of ZipLM and SPDY (Frantar and Alistarh, 2022,
 https://arxiv.org/abs/2201.13096), the coarse-to-fine changes those of evolutionary searches such
@@ -25,7 +28,7 @@ from .plan import Cut
 
 LEVELS = (0.75, 0.5, 0.25, 0.125)  # of a site's size, in the table
 FINEST = 32  # a change is at least this fraction of a site, while there are such changes
-HALVINGS = 6  # of steps that begin with an eighth of a site
+SIZES = 6  # of steps: an eighth of a site, then half as much each time
 SLACK = 1e-6  # of the budget
 Counts = Mapping[str, int]
 
@@ -34,7 +37,8 @@ Counts = Mapping[str, int]
 class Site:
     """`size` units, of which at least `least` stay, in multiples of `step`.
 
-    `cuts(count)` gives the cuts of a plan that keeps so many. `depth`: they are whole layers.
+    `cuts(count)` gives the cuts of a plan that keeps so many. `depth`: the units are layers, or
+    branches of layers.
     """
 
     name: str
@@ -71,7 +75,8 @@ class Trial:
 class Search:
     """The problem: `spent(counts)` must not exceed `goal`; `starts` are allocations to begin with.
 
-    `trials` are those after the table. Only counts of which `holds(counts)` is true are tried.
+    `trials` are those after the table, starts included, which are tried in any case. Only counts of
+    which `holds(counts)` is true are tried.
     """
 
     sites: Sequence[Site]
@@ -108,10 +113,11 @@ class Search:
         losses = {_key(t.counts): t.loss for t in done}
         if any(_key(counts) not in losses for counts in self.table):
             return None
-        for counts in (*self.starts, self.knapsack(losses), *self._of_each_depth(losses)):
+        spent = len(done) - len(self.table)
+        more = self._of_each_depth(losses) if spent < self.trials else ()
+        for counts in (*self.starts, self.knapsack(losses), *more):
             if counts is not None and _key(counts) not in known and self.holds(counts):
                 return dict(counts)
-        spent = len(done) - len(self.table)
         best = self.best(done)
         if spent >= self.trials or best is None:
             return None
@@ -126,14 +132,17 @@ class Search:
         """The starts, the knapsack's allocation, and the best trial with each number of layers, as
         far as they are within the budget.
 
-        What is lost with a layer is mended by the weights behind it, which trials do not show.
+        What is lost with a layer is mended by the weights behind it, which trials do not show. Of
+        the numbers that do by themselves only the largest counts.
         """
         losses = {_key(t.counts): t.loss for t in done}
         found = [dict(c) for c in (*self.starts, self.knapsack(losses)) if c and self.holds(c)]
         for site in self._deep:
-            for n in (site.size, *self.levels[site.name]):
+            for n in sorted({t.counts[site.name] for t in done}, reverse=True):
                 best = self.best([t for t in done if t.counts[site.name] == n])
                 found += [best.counts] if best else []
+                if self.spending(self.dense | {site.name: n}) <= self.goal:
+                    break
         within = (c for c in found if self.spending(c) <= self.goal * (1 + SLACK))
         return list({_key(counts): counts for counts in within}.values())
 
@@ -193,7 +202,7 @@ class Search:
         measured = [site.size, *self.levels[site.name]]
         lost = [losses[_key(self.dense | {site.name: n})] - dense for n in measured]
         lost = np.maximum.accumulate(np.maximum(lost, 0))  # less kept never loses less
-        grain = max(1, site.size // FINEST)
+        grain = 1 if site.depth else max(1, site.size // FINEST)
         counts = np.array(sorted({site.nearest(n) for n in range(measured[-1], site.size, grain)}
                                  | {site.size}))  # fmt: skip
         whole = self.spending(self.dense)
@@ -232,7 +241,7 @@ class Search:
         def is_new(new: Counts) -> bool:
             return _key(new) not in known and self.spending(new) <= self.goal and self.holds(new)
 
-        for halvings in range(int(3 * min(progress, 0.99)), HALVINGS):
+        for halvings in range(int(3 * min(progress, 0.99)), SIZES):
             share = 8 * 2**halvings
             for _ in range(64):
                 giver, *takers = (self.sites[k] for k in rng.permutation(len(self.sites)))

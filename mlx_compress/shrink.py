@@ -119,7 +119,7 @@ def _choose(named: NamedAxes, options: Options, calibration: Calibration):
             return request(named, prunable(named, options), options, calibration.budget)
 
         dims, wanted = prunable(named, options), ask(options)
-        others = one_kind_whole(options, wanted, ask)
+        others = one_kind_whole(options, ask)
     return *choose_plan(calibration, named, dims, layers, wanted, others), dims
 
 

@@ -87,12 +87,14 @@ def search_plan(
     starts: Sequence[Mapping[str, int]] = (),
     holds: Callable[[PrunePlan], bool] = lambda plan: True,
     storage: str | None = None,
+    scored_by: Sequence[str] = (),
 ) -> tuple[PrunePlan, dict]:
     """The plan within a budget that loses least on held-out samples, and what to record of it.
 
-    Trials are refitted in closed form. The best of them, the starts and the knapsack's allocation
-    are then fitted as they would be saved, and judged again. `starts` are counts by dimension;
-    `holds(plan)` says whether it can be saved. Raises `InputError` where no plan that can be is
+    Trials are refitted in closed form. The best of them and the other `Search.finalists` are then
+    fitted as they would be saved, and judged again. `starts` are counts by dimension; `holds(plan)`
+    says whether it can be saved; `scored_by` are the criteria behind the order in which the sites
+    lose units, where the options do not tell. Raises `InputError` where no plan that can be is
     within the budget.
     """
     dims = list(dims)
@@ -109,7 +111,7 @@ def search_plan(
     _require_any(search)
     asked = {k: v for k, v in asdict(options).items() if k not in OF_THE_MEASURING}
     name = calibration.key(repr(asked), *(site.name for site in sites), repr(goal),
-                           calibration.unit)  # fmt: skip
+                           calibration.unit, *scored_by)  # fmt: skip
     done = run_search(
         search, lambda counts: float(calibration.lost(plan_at(counts), dims).mean()),
         storage=storage, name=name, progress=calibration.progress,
@@ -122,7 +124,7 @@ def search_plan(
         )
     finals = [counts for counts in search.finalists(done) if counts != best.counts]
     plan = calibration.fittest([plan_at(counts) for counts in (best.counts, *finals)], dims)
-    started = (trial.loss for trial in done if trial.counts in search.starts)
+    started = (t.loss for t in done if t.counts in search.starts and t.spent <= goal)
     record = {
         "trials": len(done),
         "dense": next(trial.loss for trial in done if trial.counts == search.dense),

@@ -10,7 +10,8 @@ import pytest
 
 import tiny
 from mlx_compress import recipe
-from mlx_compress.calibration import Calibration
+from mlx_compress.allocate import Request
+from mlx_compress.calibration import UNMENDED, Calibration
 from mlx_compress.choice import LAYERS, UNITS, Candidate, decide
 from mlx_compress.data import Windows
 from mlx_compress.errors import InputError
@@ -19,6 +20,7 @@ from mlx_compress.influence import LAYER_CRITERIA
 from mlx_compress.layers import layer_dimensions, without
 from mlx_compress.options import Options
 from mlx_compress.plan import PrunePlan
+from mlx_compress.planning import one_kind_whole
 
 
 def candidates(**means):
@@ -185,6 +187,46 @@ def test_a_kind_of_unit_is_left_whole_where_that_loses_less(tmp_path, idle, whol
     winner = planned.verdicts[UNITS].winner
     assert winner.plan.cuts == planned.plan.cuts
     assert planned.kept_parameters == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize("asked", [0.87, 0.9])
+def test_what_keeps_more_than_was_asked_is_not_compared(tmp_path, asked):
+    """The heads alone come nearest to these targets with all of them, and lose nothing so."""
+    tiny.save(tiny.LLAMA, tmp_path)
+    model = recipe.open_model(tmp_path)
+    planned = recipe.make_plan(model, Options(params=asked, batch_size=8), own_words(model))
+    assert planned.plan.cuts and planned.kept_parameters == pytest.approx(asked, abs=0.03)
+
+
+def test_one_kind_is_left_whole_where_evidence_can_tell():
+    def ask(options):
+        if options.dims == ("heads",):
+            raise InputError("the least that heads can reach is 0.9")
+        return Request({"|".join(options.dims): 1})
+
+    def found(**changes):
+        options = Options(**{"params": 0.5, "dims": ("channels", "heads", "experts"), **changes})
+        return ["".join(request.counts) for request in one_kind_whole(options, ask)]
+
+    assert found() == ["heads|experts", "channels|experts", "channels|heads"]
+    assert found(dims=("channels", "heads")) == ["channels"]
+    for changes in ({"dims": ("channels",)}, {"params": None, "pruning_ratio": 0.5},
+                    {"importance": "taylor"}, {"max_trials": 3}):  # fmt: skip
+        assert not found(**changes)
+
+
+def test_nothing_is_said_of_a_refit_where_no_weight_stands_behind_what_went(tmp_path):
+    tiny.save(tiny.LLAMA, tmp_path)
+    model = recipe.open_model(tmp_path)
+    blocks = layer_dimensions(recipe.inspect(model))[0]
+    for dropped, count, refitted in ((1, 16, False), (0, 16, True), (0, 2, False)):
+        plan = PrunePlan({blocks.name: without(blocks, [dropped])})
+        planned = recipe.apply_plan(model, plan, LAYERS_ONLY, windows(count))
+        out = tmp_path / f"{dropped}-{count}"
+        recipe.save_pruned(model, planned, out)
+        record = json.loads((out / "compression.json").read_text())
+        assert ("refit" in record) is refitted
+        assert (UNMENDED in record["notes"]) is (count == 2)
 
 
 def test_units_and_layers_have_each_their_verdict(tmp_path):

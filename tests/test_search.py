@@ -187,6 +187,21 @@ def test_each_number_of_layers_is_begun_with_and_judged_again():
     assert search.best(done).counts in finals
 
 
+@pytest.mark.parametrize("layers", [12, 64, 80])
+def test_many_layers_are_begun_with_at_the_counts_of_the_table(layers):
+    parts = [Site("channels", 64, lambda n: {}), Site("layers", layers, lambda n: {}, depth=True)]
+    search = Search(parts, lambda c: c["channels"] / 64 * c["layers"] / layers, 0.6, trials=1)
+    done = run_search(search, lambda c: (1 - c["channels"] / 64) ** 2 + 1 - c["layers"] / layers)
+    assert len(done) <= len(search.table) + 2
+    losses = {tuple(sorted(t.counts.items())): t.loss for t in done}
+    begun = list(search._of_each_depth(losses))
+    levels = [n for n in search.levels["layers"] if n / layers > 0.6]
+    assert [counts["layers"] for counts in begun] == [layers, *levels]
+    assert all(0.5 < search.spending(counts) <= 0.6 for counts in begun)
+    alone = [c["layers"] for c in search.finalists(done) if c["layers"] / layers <= 0.6]
+    assert len(alone) <= 1
+
+
 def test_steps_get_smaller_where_nothing_new_is_found_until_the_budget_is_spent():
     search, done = shallow(0.65)
     assert len(done) >= len(search.table) + search.trials

@@ -127,14 +127,15 @@ def test_a_plan_that_cannot_be_held_is_never_chosen(calibrated, parts):
 
 
 def test_trials_answer_the_same_question_however_it_is_measured(calibrated, parts, tmp_path):
-    """And for no other samples."""
+    """And for no other samples, nor where other units go first."""
     named, dims, layers, scores = parts
     sites, file = sites_of(dims, layers, scores, together=True), tmp_path / "study.log"
 
-    def tried(samples, options):
+    def tried(samples, options, **other):
         """How many lines that adds to the file."""
         before = lines() if file.exists() else 0
-        search_plan(samples, named, dims, sites, spent(named), 0.7, options, storage=str(file))
+        search_plan(samples, named, dims, sites, spent(named), 0.7, options, storage=str(file),
+                    **other)  # fmt: skip
         return lines() - before
 
     def lines():
@@ -143,6 +144,7 @@ def test_trials_answer_the_same_question_however_it_is_measured(calibrated, part
     assert tried(calibrated, OPTIONS) > 10
     assert tried(calibrated, replace(OPTIONS, eval_samples=2, max_drop=0.1)) <= 1
     assert tried(calibration(1), OPTIONS) > 10
+    assert tried(calibrated, OPTIONS, scored_by=["layers by wanda"]) > 10
 
 
 def test_the_last_word_has_the_loss_after_the_whole_refit(calibrated, parts, monkeypatch):
