@@ -133,11 +133,9 @@ def float32(module: nn.Module) -> nn.Module:
 
 def _auto(bench: Bench, aim: Aim, seed: int) -> Pruned:
     calibration = _calibrated(bench, replace(aim.options, importance="auto"))
-    others = one_kind_whole(
-        calibration.options, lambda options: units(bench.model, bench.named, options)[1]
-    )
     plan, _ = choose_plan(
-        calibration, bench.named, aim.dims, [], aim.wanted, others, together=True
+        calibration, bench.named, aim.dims, [], aim.wanted, _others(bench, calibration),
+        together=True,
     )  # fmt: skip
     return _fitted(bench, calibration, aim, plan)
 
@@ -149,10 +147,17 @@ def _searched(bench: Bench, aim: Aim, seed: int) -> Pruned:
     calibration = _calibrated(bench, options)
     layers = prunable_layers(bench.named, options, calibration.budget)
     plan, _ = choose_plan(
-        calibration, bench.named, aim.dims, layers, aim.wanted,
+        calibration, bench.named, aim.dims, layers, aim.wanted, _others(bench, calibration),
         together=True, holds=partial(_holds, bench),
     )  # fmt: skip
     return _fitted(bench, calibration, aim, plan)
+
+
+def _others(bench: Bench, calibration: Calibration) -> list[Request]:
+    def ask(options: Options) -> Request:
+        return units(bench.model, bench.named, options)[1]
+
+    return one_kind_whole(calibration.options, ask)
 
 
 def _calibrated(bench: Bench, options: Options) -> Calibration:

@@ -122,12 +122,12 @@ def goal_of(asked: float, started: Iterable[float]) -> float:
 def one_kind_whole(options: Options, ask: Callable[[Options], Request]) -> list[Request]:
     """Requests that leave one kind of unit whole and meet the options' target by the others.
 
-    Only where the plan is chosen by evidence and not searched. `ask(options)` makes a request; what
-    it refuses is left out.
+    Only where the plan is chosen by evidence. `ask(options)` makes a request; what it refuses is
+    left out.
     """
     kinds = [kind for kind in options.dims if kind in KINDS]
     found = []
-    if options.importance != "auto" or options.budget is None or options.max_trials:
+    if options.importance != "auto" or options.budget is None:
         return found
     for whole in kinds if len(kinds) > 1 else ():
         with contextlib.suppress(InputError):

@@ -210,8 +210,9 @@ def test_one_kind_is_left_whole_where_evidence_can_tell():
 
     assert found() == ["heads|experts", "channels|experts", "channels|heads"]
     assert found(dims=("channels", "heads")) == ["channels"]
+    assert found(dims=("channels", "layers", "heads"), max_trials=3) == ["channels"]
     for changes in ({"dims": ("channels",)}, {"params": None, "pruning_ratio": 0.5},
-                    {"importance": "taylor"}, {"max_trials": 3}):  # fmt: skip
+                    {"importance": "taylor"}):  # fmt: skip
         assert not found(**changes)
 
 
