@@ -19,10 +19,9 @@ from .batch_norm import batch_norms, recalibrated
 from .budget import Budget
 from .calibrate import Statistics, calibrate
 from .caution import another_text, too_few
-from .choice import by_sequence
+from .choice import by_sequence, is_less
 from .contractions import consumers
 from .errors import InputError
-from .evaluate import bootstrap_interval
 from .graph import Graph
 from .importance import Scores, Sources, criterion, needs
 from .options import Options
@@ -265,11 +264,12 @@ class Calibration:
         cuts: dict[str, Cutter] = {AS_IT_IS: Fitted(pruner(self.named, plan))}
         cuts |= {"closed form": closed} if units else {}
         if plan.cuts and can_run(self.named, plan):
-            cuts["sequential"] = refit_in_sequence(
+            found = refit_in_sequence(
                 self.named, plan, self.batches, self.fetch, held_out=self.held_out.batches,
                 masks=self._all.masks, start=closed, progress=self.progress,
             )  # fmt: skip
-        if not units and not (plan.cuts and cuts["sequential"].fitted):
+            cuts |= {"sequential": found} if units or found.fitted else {}
+        if len(cuts) == 1:
             return closed, {}
         best, judged = self._best(plan, cuts)
         if units and best == "sequential":
@@ -285,8 +285,7 @@ class Calibration:
         losses = {name: self.losses(plan, cut, self.held_out) for name, cut in cuts.items()}
         judged = {name: float(each.mean()) for name, each in losses.items()}
         best = min((name for name in cuts if name != AS_IT_IS), key=judged.get)
-        more = losses[best] - losses[AS_IT_IS]
-        if bootstrap_interval(more, np.ones(len(more)), seed=self.options.seed)["low"] > 0:
+        if is_less(losses[AS_IT_IS], losses[best], seed=self.options.seed):
             best = AS_IT_IS
         return best, judged
 

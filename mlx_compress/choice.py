@@ -109,6 +109,11 @@ def decide(candidates: list[Candidate], *, seed: int = 0) -> Verdict:
     return Verdict(winner, candidates, behind)
 
 
+def is_less(losses: np.ndarray, than: np.ndarray, *, seed: int = 0) -> bool:
+    """Whether the mean of `losses` is lower for certain (95 %, paired by sample)."""
+    return bootstrap_interval(than - losses, np.ones(len(losses)), seed=seed)["low"] > 0
+
+
 def by_sequence(
     named: NamedAxes, plan: PrunePlan, cut: Cutter, fetch, batches,
     figure: Callable[[int, list], np.ndarray],

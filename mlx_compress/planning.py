@@ -14,9 +14,8 @@ from .allocate import Request, choose, choose_layers, stand_in
 from .axes import Dimension, NamedAxes
 from .budget import DENSE, parameters
 from .calibration import Calibration
-from .choice import LAYERS, UNITS, Verdict, judge
+from .choice import LAYERS, UNITS, Verdict, is_less, judge
 from .errors import InputError
-from .evaluate import bootstrap_interval
 from .importance import CRITERIA, criterion
 from .influence import LAYER_CRITERIA
 from .layers import LayerDimension, settled
@@ -159,10 +158,8 @@ def best_request(
         if plan.cuts == first.plan.cuts:
             continue
         losses = calibration.lost(plan, dims)
-        less = bootstrap_interval(
-            first.losses - losses, np.ones(len(losses)), seed=calibration.options.seed
-        )
-        if less["low"] > 0 and losses.mean() < lowest:
+        less = is_less(losses, first.losses, seed=calibration.options.seed)
+        if less and losses.mean() < lowest:
             lowest, better = float(losses.mean()), other
     if better is None:
         return verdict, wanted
